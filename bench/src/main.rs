@@ -1,0 +1,3 @@
+//! The `floe-bench` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! floe: a long-context sparse KV retrieval engine.
