@@ -1,1 +1,13 @@
-//! See `Cargo.toml`.
+//! floe-index: the CPU semantic page index for attention keys of one shard (sequence, layer, kv head).
+//!
+//! No device code and no engine types. See `KeyIndex` for the contract.
+
+mod error;
+mod found;
+mod index;
+mod scratch;
+
+pub use error::{Field, IndexError};
+pub use found::Found;
+pub use index::{Batch, Hit, KeyId, KeyIndex, MemoryReport, Query, SearchParams, Tail, TailOut, Unit};
+pub use scratch::Scratch;
