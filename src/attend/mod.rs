@@ -1,0 +1,52 @@
+//! Exact attention over chosen rows of one shard.
+
+mod cpu;
+pub mod exact;
+
+use std::ops::Range;
+
+pub use cpu::CpuBackend;
+
+use crate::error::Result;
+use crate::ids::TokenPos;
+use crate::page::ShardPages;
+use crate::query::GroupQuery;
+use crate::selection::Selection;
+use crate::state::StateBuf;
+
+/// Scratch of one worker thread.
+#[derive(Debug, Default)]
+pub struct AttendScratch {
+    rows: floe_cuda::AttendScratch,
+    splits: floe_cuda::SplitScratch,
+    part: StateBuf,
+}
+
+/// Where attention runs. One implementation is chosen when the engine is opened.
+pub trait AttentionBackend: Send + Sync {
+    /// State over a run of tokens; long runs are split over the worker threads, with the same bits for any number.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    fn attend_range(
+        &self,
+        query: &GroupQuery<'_>,
+        pages: &ShardPages,
+        tokens: Range<TokenPos>,
+        scratch: &mut AttendScratch,
+        state: &mut StateBuf,
+    ) -> Result<()>;
+
+    /// State over the sinks, window and retrieved tokens of a selection.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    fn attend_selection(
+        &self,
+        query: &GroupQuery<'_>,
+        pages: &ShardPages,
+        selection: &Selection,
+        scratch: &mut AttendScratch,
+        state: &mut StateBuf,
+    ) -> Result<()>;
+}

@@ -1,0 +1,73 @@
+//! The exact top tokens by attention mass summed over the group. Reads every key: a reference, not a method.
+
+use std::ops::Range;
+
+use floe_cuda::{Isa, score_rows};
+
+use super::group::{softmax_in_place, top_k};
+use super::{SelectCost, SelectScratch, Selector};
+use crate::error::Result;
+use crate::ids::TokenPos;
+use crate::query::GroupQuery;
+use crate::page::{ShardPages, with_rows};
+use crate::selection::Selection;
+
+pub(super) struct Oracle {
+    pub(super) isa: Isa,
+}
+
+impl Selector for Oracle {
+    fn publish(&mut self, _pages: &ShardPages, _tokens: Range<TokenPos>) -> Result<()> {
+        Ok(())
+    }
+
+    fn truncate(&mut self, _num_tokens: TokenPos) -> Result<()> {
+        Ok(())
+    }
+
+    fn select(
+        &self,
+        query: &GroupQuery<'_>,
+        pages: &ShardPages,
+        budget: usize,
+        scratch: &mut SelectScratch,
+        selection: &mut Selection,
+    ) -> Result<SelectCost> {
+        let num_tokens = pages.num_tokens();
+        scratch.scores.clear();
+        scratch.scores.resize(query.group * num_tokens, 0.0);
+        with_rows!(pages, rows => {
+            let attend = query.over(self.isa, rows);
+            score_rows(&attend, 0..num_tokens, &mut scratch.attend, &mut scratch.scores)?;
+        });
+        // The softmax runs over all tokens, sinks and window included: a head that looks only there has little say.
+        let candidates = selection.candidates();
+        let (start, end) = (candidates.start as usize, candidates.end as usize);
+        scratch.group_scores.clear();
+        scratch.group_scores.resize(end - start, 0.0);
+        for head in scratch.scores.chunks_exact_mut(num_tokens) {
+            let inverse = 1.0 / softmax_in_place(head);
+            let mass = scratch.group_scores.iter_mut().zip(&head[start..end]);
+            mass.for_each(|(m, p)| *m += p * inverse);
+        }
+        top_k(&scratch.group_scores, budget, &mut scratch.order);
+        selection.retrieved.extend(scratch.order.iter().map(|i| candidates.start + i));
+        selection.retrieved.sort_unstable();
+        let shape = pages.shape();
+        Ok(SelectCost { bytes_read: num_tokens * shape.head_dim() * shape.dtype().size_bytes() })
+    }
+
+    fn tail(
+        &self,
+        _query: &GroupQuery<'_>,
+        _selection: &Selection,
+        _scratch: &mut SelectScratch,
+        _out: floe_cuda::StateMut<'_>,
+    ) -> Result<SelectCost> {
+        Ok(SelectCost::default())
+    }
+
+    fn size_bytes(&self) -> usize {
+        0
+    }
+}
