@@ -10,14 +10,14 @@ mod spec;
 
 use std::ops::Range;
 
-pub use spec::{Policy, PolicyKind, SpecError};
+pub use spec::{IndexOptions, Policy, PolicyKind, SpecError};
 
+use crate::config::Config;
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::query::GroupQuery;
 use crate::page::ShardPages;
 use crate::selection::Selection;
-use crate::shape::HeadShape;
 
 /// What one step read beside the exactly attended rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,14 +83,12 @@ pub trait Selector: Send + Sync {
 }
 
 /// Builds the selector of one shard.
-pub(crate) fn selector(policy: &Policy, heads: HeadShape, sinks: usize, seed: u64) -> Result<Box<dyn Selector>> {
-    let head_dim = heads.head_dim();
-    Ok(match policy.kind() {
+pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
+    Ok(match config.policy.kind() {
         PolicyKind::Full => Box::new(dense::Full),
         PolicyKind::Window => Box::new(dense::Window),
-        PolicyKind::Quest => Box::new(quest::Quest::new(head_dim)),
-        PolicyKind::Oracle => Box::new(oracle::Oracle),
-        PolicyKind::PageMean(options) => Box::new(clustered::Clustered::sequential(head_dim, sinks, *options)?),
-        PolicyKind::Floe(options) => Box::new(clustered::Clustered::tree(head_dim, sinks, *options, seed)?),
+        PolicyKind::Quest => Box::new(quest::Quest::new(config.heads.head_dim())),
+        PolicyKind::Oracle => Box::new(oracle::Oracle::new()),
+        PolicyKind::PageMean(options) | PolicyKind::Floe(options) => Box::new(indexed::Indexed::new(config, options)?),
     })
 }

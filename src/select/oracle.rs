@@ -13,7 +13,13 @@ use crate::page::{ShardPages, with_rows};
 use crate::selection::Selection;
 
 pub(super) struct Oracle {
-    pub(super) isa: Isa,
+    isa: Isa,
+}
+
+impl Oracle {
+    pub(super) fn new() -> Self {
+        Self { isa: Isa::best() }
+    }
 }
 
 impl Selector for Oracle {
