@@ -24,6 +24,8 @@ pub mod page;
 pub mod transfer;
 pub mod attend;
 
+pub mod trace;
+
 pub use config::Config;
 pub use engine::{DecodeStep, Engine, SequenceMemory};
 pub use error::{Error, Result};
