@@ -25,6 +25,7 @@ pub mod transfer;
 pub mod attend;
 
 pub mod trace;
+pub mod replay;
 
 pub use config::Config;
 pub use engine::{DecodeStep, Engine, SequenceMemory};

@@ -10,6 +10,7 @@ mod spec;
 
 use std::ops::Range;
 
+pub(crate) use oracle::Oracle;
 pub use spec::{IndexOptions, Policy, PolicyKind, SpecError};
 
 use crate::config::Config;
@@ -88,7 +89,7 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
         PolicyKind::Full => Box::new(dense::Full),
         PolicyKind::Window => Box::new(dense::Window),
         PolicyKind::Quest => Box::new(quest::Quest::new(config.heads.head_dim())),
-        PolicyKind::Oracle => Box::new(oracle::Oracle::new()),
+        PolicyKind::Oracle => Box::new(Oracle::new()),
         PolicyKind::PageMean(options) | PolicyKind::Floe(options) => Box::new(indexed::Indexed::new(config, options)?),
     })
 }

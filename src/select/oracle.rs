@@ -12,13 +12,42 @@ use crate::query::GroupQuery;
 use crate::page::{ShardPages, with_rows};
 use crate::selection::Selection;
 
-pub(super) struct Oracle {
+pub(crate) struct Oracle {
     isa: Isa,
 }
 
 impl Oracle {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { isa: Isa::best() }
+    }
+
+    /// The `k` tokens of `candidates` with the largest attention mass summed over the group, largest first, into
+    /// `scratch.order` as offsets from `candidates.start`. The softmax runs over all of `0..num_tokens`, sinks and window
+    /// included: a head that looks only there has little say.
+    pub(crate) fn rank(
+        &self,
+        query: &GroupQuery<'_>,
+        (pages, num_tokens): (&ShardPages, usize),
+        candidates: Range<TokenPos>,
+        k: usize,
+        scratch: &mut SelectScratch,
+    ) -> Result<()> {
+        scratch.scores.clear();
+        scratch.scores.resize(query.group * num_tokens, 0.0);
+        with_rows!(pages, rows => {
+            let attend = query.over(self.isa, rows);
+            score_rows(&attend, 0..num_tokens, &mut scratch.attend, &mut scratch.scores)?;
+        });
+        let (start, end) = (candidates.start as usize, candidates.end as usize);
+        scratch.group_scores.clear();
+        scratch.group_scores.resize(end - start, 0.0);
+        for head in scratch.scores.chunks_exact_mut(num_tokens) {
+            let inverse = 1.0 / softmax_in_place(head);
+            let mass = scratch.group_scores.iter_mut().zip(&head[start..end]);
+            mass.for_each(|(m, p)| *m += p * inverse);
+        }
+        top_k(&scratch.group_scores, k, &mut scratch.order);
+        Ok(())
     }
 }
 
@@ -40,23 +69,8 @@ impl Selector for Oracle {
         selection: &mut Selection,
     ) -> Result<SelectCost> {
         let num_tokens = pages.num_tokens();
-        scratch.scores.clear();
-        scratch.scores.resize(query.group * num_tokens, 0.0);
-        with_rows!(pages, rows => {
-            let attend = query.over(self.isa, rows);
-            score_rows(&attend, 0..num_tokens, &mut scratch.attend, &mut scratch.scores)?;
-        });
-        // The softmax runs over all tokens, sinks and window included: a head that looks only there has little say.
         let candidates = selection.candidates();
-        let (start, end) = (candidates.start as usize, candidates.end as usize);
-        scratch.group_scores.clear();
-        scratch.group_scores.resize(end - start, 0.0);
-        for head in scratch.scores.chunks_exact_mut(num_tokens) {
-            let inverse = 1.0 / softmax_in_place(head);
-            let mass = scratch.group_scores.iter_mut().zip(&head[start..end]);
-            mass.for_each(|(m, p)| *m += p * inverse);
-        }
-        top_k(&scratch.group_scores, budget, &mut scratch.order);
+        self.rank(query, (pages, num_tokens), candidates.clone(), budget, scratch)?;
         selection.retrieved.extend(scratch.order.iter().map(|i| candidates.start + i));
         selection.retrieved.sort_unstable();
         let shape = pages.shape();

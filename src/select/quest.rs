@@ -74,20 +74,20 @@ impl Selector for Quest {
             return Ok(SelectCost::default());
         }
         let dim = self.head_dim;
-        let first = candidates.start as usize / PAGE_TOKENS;
-        let last = (candidates.end as usize).div_ceil(PAGE_TOKENS);
-        let bounds = &self.bounds[first * 2 * dim..last * 2 * dim];
-        let num_pages = last - first;
+        let num_pages = self.bounds.len() / (2 * dim);
         scratch.scores.clear();
         scratch.scores.resize(query.group * num_pages, 0.0);
         for (head, scores) in query.q.chunks_exact(dim).zip(scratch.scores.chunks_exact_mut(num_pages)) {
-            for (score, page) in scores.iter_mut().zip(bounds.chunks_exact(2 * dim)) {
+            for (score, page) in scores.iter_mut().zip(self.bounds.chunks_exact(2 * dim)) {
                 *score = upper_bound(head, &page[..dim], &page[dim..]) * query.scale;
             }
         }
+        // The softmax runs over every page, so that a head that looks at sinks and window has little say in between.
         max_of_softmax(&mut scratch.scores, query.group, &mut scratch.group_scores);
+        let first = candidates.start as usize / PAGE_TOKENS;
+        let last = (candidates.end as usize).div_ceil(PAGE_TOKENS);
         // Pages needed at most: budget tokens from full pages, and two that the candidate range may cut.
-        top_k(&scratch.group_scores, budget.div_ceil(PAGE_TOKENS) + 2, &mut scratch.order);
+        top_k(&scratch.group_scores[first..last], budget.div_ceil(PAGE_TOKENS) + 2, &mut scratch.order);
         for &page in &scratch.order {
             let start = (first + page as usize) * PAGE_TOKENS;
             for pos in start as TokenPos..(start + PAGE_TOKENS) as TokenPos {
@@ -97,7 +97,7 @@ impl Selector for Quest {
             }
         }
         selection.retrieved.sort_unstable();
-        Ok(SelectCost { bytes_read: size_of_val(bounds) })
+        Ok(SelectCost { bytes_read: size_of_val(&self.bounds[..]) })
     }
 
     fn tail(
