@@ -1,0 +1,149 @@
+//! Vector attention: queries in, blocks of rows through the kernels, state out.
+
+use std::ops::Range;
+
+use super::attend_block::{BlockInput, HeadBlock, LANES_MAX};
+use super::block::{BLOCK_ROWS_MAX, Block, Blocks};
+use super::entry::{Entry, padded_heads};
+use super::scratch::VectorScratch;
+use super::simd::packed_place;
+use crate::{Attend, KernelError, KvElem, KvRows, Rows, StateMut};
+
+/// How a group is divided into parts of nearly equal size, each at most `HEADS_MAX`.
+#[derive(Clone, Copy)]
+struct HeadPlan {
+    group: usize,
+    num_parts: usize,
+}
+
+impl HeadPlan {
+    fn new<A: Entry>(group: usize) -> Self {
+        Self { group, num_parts: group.div_ceil(A::HEADS_MAX) }
+    }
+
+    /// Heads of part `i`.
+    fn part(self, i: usize) -> Range<usize> {
+        i * self.group / self.num_parts..(i + 1) * self.group / self.num_parts
+    }
+}
+
+/// Queries [group, head_dim] to [group, padded head_dim] in `E`'s lane order, zeros between.
+fn pack_queries<E: KvElem>(q: &[f32], head_dim: usize, chunk: usize, packed: &mut [f32]) {
+    packed.fill(0.0);
+    for (q, packed) in q.chunks_exact(head_dim).zip(packed.chunks_exact_mut(head_dim.next_multiple_of(chunk)))
+    {
+        for (i, &x) in q.iter().enumerate() {
+            packed[packed_place::<E>(i, chunk)] = x;
+        }
+    }
+}
+
+/// Running maximum and norm of one part of the group.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Softmax {
+    max: [f32; LANES_MAX],
+    norm: [f32; LANES_MAX],
+}
+
+/// See [`sparse_decode`](super::sparse_decode); `attend`, `which` and the shape of `state` have been checked.
+pub(super) fn sparse_decode<A: Entry, R: KvRows>(
+    entry: A,
+    attend: &Attend<'_, R>,
+    which: &Rows<'_>,
+    scratch: &mut VectorScratch,
+    state: StateMut<'_>,
+) -> Result<(), KernelError> {
+    let d = attend.rows.head_dim();
+    let padded = d.next_multiple_of(A::CHUNK);
+    let plan = HeadPlan::new::<A>(state.lse.len());
+    let VectorScratch { q, sums, weights, softmax } = scratch;
+    let q = q.slice(plan.group * padded);
+    pack_queries::<R::Elem>(attend.q, d, A::CHUNK, q);
+    let sums = sums.slice(plan.group * padded);
+    sums.fill(0.0);
+    let weights = weights.slice(BLOCK_ROWS_MAX * padded_heads(A::HEADS_MAX));
+    softmax.clear();
+    softmax.resize(plan.num_parts, Softmax { max: [f32::NEG_INFINITY; LANES_MAX], norm: [0.0; LANES_MAX] });
+
+    let mut blocks = Blocks::new(attend.rows, which);
+    let (mut block, mut next) = (Block::empty(), Block::empty());
+    blocks.next_into(&mut block)?;
+    while block.len() > 0 {
+        blocks.next_into(&mut next)?;
+        for (i, softmax) in softmax.iter_mut().enumerate() {
+            let part = plan.part(i);
+            let span = part.start * padded..part.end * padded;
+            let ahead: &[&[R::Elem]] = if i == 0 { next.padded() } else { &[] };
+            let input = BlockInput { block: &block, next: ahead, head_dim: d, params: attend.params };
+            let mut heads = HeadBlock {
+                num: part.len(),
+                q: &q[span.clone()],
+                sums: &mut sums[span],
+                max: &mut softmax.max,
+                norm: &mut softmax.norm,
+                weights,
+            };
+            entry.attend(&input, &mut heads);
+        }
+        std::mem::swap(&mut block, &mut next);
+    }
+    for (i, softmax) in softmax.iter().enumerate() {
+        for (lane, h) in plan.part(i).enumerate() {
+            // The heads' lanes repeat with the padded number of heads; lanes that an ISA does not have stay zero.
+            let norm: f32 = softmax.norm.iter().skip(lane).step_by(padded_heads(plan.part(i).len())).sum();
+            let out = &mut state.out[h * d..(h + 1) * d];
+            if norm == 0.0 {
+                out.fill(0.0);
+                state.lse[h] = f32::NEG_INFINITY;
+                continue;
+            }
+            let sums = &sums[h * padded..(h + 1) * padded];
+            for (k, x) in out.iter_mut().enumerate() {
+                *x = sums[packed_place::<R::Elem>(k, A::CHUNK)] / norm;
+            }
+            state.lse[h] = softmax.max[lane] + norm.ln();
+        }
+    }
+    Ok(())
+}
+
+/// See [`score_rows`](super::score_rows); all arguments have been checked. `out` is [group, range.len()].
+pub(super) fn score_rows<A: Entry, R: KvRows>(
+    entry: A,
+    attend: &Attend<'_, R>,
+    range: Range<usize>,
+    scratch: &mut VectorScratch,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    let d = attend.rows.head_dim();
+    let padded = d.next_multiple_of(A::CHUNK);
+    let plan = HeadPlan::new::<A>(attend.q.len() / d);
+    let num_rows = range.len();
+    let q = scratch.q.slice(plan.group * padded);
+    pack_queries::<R::Elem>(attend.q, d, A::CHUNK, q);
+    let weights = scratch.weights.slice(BLOCK_ROWS_MAX * padded_heads(A::HEADS_MAX));
+
+    let which = Rows::Range(range);
+    let mut blocks = Blocks::new(attend.rows, &which);
+    let (mut block, mut next) = (Block::empty(), Block::empty());
+    blocks.next_into(&mut block)?;
+    let mut done = 0;
+    while block.len() > 0 {
+        blocks.next_into(&mut next)?;
+        for i in 0..plan.num_parts {
+            let part = plan.part(i);
+            let input = BlockInput { block: &block, next: &[], head_dim: d, params: attend.params };
+            entry.score(&input, &q[part.start * padded..part.end * padded], weights);
+            let stride = padded_heads(part.len());
+            for (lane, h) in part.enumerate() {
+                let scores = weights[lane..].iter().step_by(stride);
+                for (x, &score) in out[h * num_rows + done..][..block.len()].iter_mut().zip(scores) {
+                    *x = score;
+                }
+            }
+        }
+        done += block.len();
+        std::mem::swap(&mut block, &mut next);
+    }
+    Ok(())
+}
