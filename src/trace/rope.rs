@@ -57,7 +57,7 @@ impl Rotation {
         Self { rope, frequencies }
     }
 
-    /// Turns the head `x` [head_dim] in place by `position`, which may be negative to turn back.
+    /// Turns the head `x`, \[head_dim\], in place by `position`, which may be negative to turn back.
     pub fn rotate(&self, x: &mut [f64], position: f64) {
         let head_dim = x.len();
         for (i, frequency) in self.frequencies.iter().enumerate() {

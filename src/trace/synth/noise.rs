@@ -3,7 +3,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// Independent sequences drawn from one seed, so that asking for more queries changes no key.
+/// Independent sequences drawn from one seed, so that another group changes no key.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Stream {
     Geometry = 0,

@@ -27,11 +27,11 @@ const VISIT_TOKENS: Range<usize> = 32..256;
 const TOKENS_PER_TOPIC: usize = 512;
 
 /// Score that a component gives its target, in nats above ln(num_tokens): the level at which one token outweighs all
-/// others together, were these of score 0. A visit's tokens share the topic's.
+/// others together, were these of score 0. The token at the query's own position has the local one in all.
 const SINK_NATS: f64 = 0.0;
-const LOCAL_NATS: f64 = 0.5;
-const TOPIC_NATS: f64 = -5.0;
-const NEEDLE_NATS: f64 = 1.5;
+const LOCAL_NATS: f64 = -0.5;
+const TOPIC_NATS: f64 = -4.0;
+const NEEDLE_NATS: f64 = 2.5;
 /// Share of the bias in queries, relative to keys.
 const QUERY_BIAS: f64 = 0.1;
 /// A needle's query thinks less of the topic, by so many nats.
@@ -82,7 +82,7 @@ pub(super) struct World {
     head_dim: usize,
     log_tokens: f64,
     rotation: Rotation,
-    /// Dimensions by pair, [head_dim / 2]: (first, second).
+    /// Dimensions by pair, \[head_dim / 2\]: (first, second).
     pairs: Vec<(usize, usize)>,
     parts: Parts,
     bias: Vec<f64>,
@@ -99,7 +99,7 @@ pub(super) struct World {
     visit_left: usize,
     next_needle: usize,
     local: Vec<f64>,
-    /// Scratch, [head_dim].
+    /// Scratch, \[head_dim\].
     residual: Vec<f64>,
     key: Vec<f64>,
     value: Vec<f64>,
@@ -125,12 +125,13 @@ impl World {
                 value: geometry.normals(d, 1.0),
             })
             .collect();
+        let mut query_noise = Noise::new(request.seed, Stream::Queries);
         let heads = (0..request.group)
             .map(|_| Head {
-                sink: geometry.symmetric(),
-                local: geometry.symmetric(),
-                topic: geometry.symmetric(),
-                needle: 0.5 * geometry.symmetric(),
+                sink: query_noise.symmetric(),
+                local: query_noise.symmetric(),
+                topic: query_noise.symmetric(),
+                needle: 0.5 * query_noise.symmetric(),
             })
             .collect();
         let needles = place_needles(request)
@@ -156,7 +157,7 @@ impl World {
             first_query_pos: meta.first_query_pos,
             topic_noise: Noise::new(request.seed, Stream::Topics),
             token_noise: Noise::new(request.seed, Stream::Tokens),
-            query_noise: Noise::new(request.seed, Stream::Queries),
+            query_noise,
             current_topic: 0,
             visit_left: 0,
             next_needle: 0,
@@ -167,7 +168,7 @@ impl World {
         }
     }
 
-    /// Advances to `position` (called for every position in turn) and appends its key and value, [head_dim] each.
+    /// Advances to `position` (called for every position in turn) and appends its key and value, \[head_dim\] each.
     pub(super) fn step(&mut self, position: usize, k: &mut Vec<bf16>, v: &mut Vec<bf16>) {
         self.advance_topic();
         let spread = LOCAL * (1.0 - LOCAL_STAY * LOCAL_STAY).sqrt();
@@ -219,13 +220,12 @@ impl World {
             add(x, &self.pairs[self.parts.bias.clone()], &self.bias, QUERY_BIAS);
             let sink = [SINK, 0.0];
             add(x, &self.pairs[self.parts.sink.clone()], &sink, weight(level + SINK_NATS + head.sink, &sink));
-            // The state's own norm varies; its expected one keeps the share of the surroundings steady.
-            let local_norm = LOCAL * LOCAL * self.local.len() as f64;
-            let local_weight = (level + LOCAL_NATS + head.local) * scale / local_norm;
-            add(x, &self.pairs[self.parts.local.clone()], &self.local, local_weight);
             let answer_nats = if needle.is_some() { ANSWER_TOPIC_NATS } else { 0.0 };
             // Short contexts would give a topic a negative score: then it has none.
             let topic_nats = (level + TOPIC_NATS + head.topic + answer_nats).max(0.0);
+            // The surroundings are of the same topic, and score with it.
+            let local_nats = level + LOCAL_NATS + head.local - topic_nats;
+            add(x, &self.pairs[self.parts.local.clone()], &self.local, weight(local_nats, &self.local));
             for (topic, share) in [(self.current_topic, 1.0), (other_topic, 0.8)] {
                 let centre = &self.topics[topic].centre;
                 add(x, &self.pairs[self.parts.topic.clone()], centre, share * weight(topic_nats, centre));
@@ -260,7 +260,7 @@ impl World {
     }
 }
 
-/// Adds `weight` times `component` (two numbers a pair, in order) to the dimensions of `pairs` in `x` [head_dim].
+/// Adds `weight` times `component` (two numbers a pair, in order) to the dimensions of `pairs` in `x` \[head_dim\].
 fn add(x: &mut [f64], pairs: &[(usize, usize)], component: &[f64], weight: f64) {
     for (&(a, b), part) in pairs.iter().zip(component.as_chunks::<2>().0) {
         x[a] += weight * part[0];
