@@ -1,1 +1,3 @@
 //! floe: a long-context sparse KV retrieval engine.
+
+pub mod report;
