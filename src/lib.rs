@@ -26,6 +26,7 @@ pub mod attend;
 
 pub mod trace;
 pub mod replay;
+pub mod report;
 
 pub use config::Config;
 pub use engine::{DecodeStep, Engine, SequenceMemory};
