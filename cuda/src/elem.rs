@@ -5,7 +5,7 @@ use half::{bf16, f16};
 /// An element of a key or a value: `bf16`, `f16` or `f32`.
 ///
 /// Sealed: the vector kernels have one conversion per type.
-pub trait KvElem: bytemuck::Pod + Send + Sync + sealed::Sealed {
+pub trait KvElem: bytemuck::Pod + Send + Sync + crate::cpu::simd::Lanes {
     /// Name in reports: `"bf16"`, `"f16"` or `"f32"`.
     const NAME: &'static str;
 
@@ -14,13 +14,6 @@ pub trait KvElem: bytemuck::Pod + Send + Sync + sealed::Sealed {
 
     /// Nearest representable value, ties to even.
     fn from_f32(x: f32) -> Self;
-}
-
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for half::bf16 {}
-    impl Sealed for half::f16 {}
-    impl Sealed for f32 {}
 }
 
 impl KvElem for bf16 {

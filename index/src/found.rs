@@ -1,18 +1,112 @@
 //! The answer of a search: the selected tokens and what stands for all others.
 
+use crate::blocks::LANES;
 use crate::index::Hit;
+
+/// Level of a part whose entries are young tokens.
+pub(crate) const YOUNG: u8 = u8::MAX;
 
 /// Caller-owned answer of `KeyIndex::search`; reuse it so that nothing is allocated after warm-up.
 #[derive(Debug, Default)]
 pub struct Found {
     /// Selected tokens, best first.
     pub tokens: Vec<Hit>,
-    /// Pages whose summaries were scored.
+    /// Pages whose summaries were ranked.
     pub pages_opened: usize,
     /// Summaries scored at every level, pages included.
     pub nodes_scored: usize,
     /// Bytes of summaries, codes and scales that the search read.
     pub index_bytes_read: usize,
-    /// Bytes that `tail` reads for this answer.
+    /// Bytes that `tail` reads for this answer, at most.
     pub tail_bytes_read: usize,
+    pub(crate) frontier: Frontier,
+}
+
+impl Found {
+    /// Tokens that are represented by summaries: neither selected nor excluded.
+    pub fn tail_tokens(&self) -> usize {
+        self.frontier.rest.iter().map(|&r| r as usize).sum()
+    }
+
+    /// Forgets the last answer, keeps the memory.
+    pub(crate) fn clear(&mut self) {
+        self.tokens.clear();
+        self.pages_opened = 0;
+        self.nodes_scored = 0;
+        self.index_bytes_read = 0;
+        self.tail_bytes_read = 0;
+        self.frontier.parts.clear();
+        self.frontier.logits.clear();
+        self.frontier.rest.clear();
+        self.frontier.lanes.clear();
+    }
+}
+
+/// One scored block of the frontier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// 0 = pages, `l` = tree level `l`, `YOUNG` = young tokens.
+    pub level: u8,
+    pub block: u32,
+}
+
+/// Every scored block, with what of each entry is left for the tail.
+///
+/// Parts come in a canonical order (young tokens, then page blocks by index, then tree levels) so that sums over them have
+/// one order of additions whatever path the search took.
+#[derive(Debug, Default)]
+pub(crate) struct Frontier {
+    pub parts: Vec<Part>,
+    /// `[parts, group, 16]` logits without the centre's share.
+    pub logits: Vec<f32>,
+    /// `[parts, 16]` tokens of the entry that the tail must answer for.
+    pub rest: Vec<f32>,
+    /// `[parts, 16]` lanes of a page that are neither selected nor excluded.
+    pub lanes: Vec<u16>,
+    /// Leading parts that take part in the selection.
+    pub candidates: usize,
+    pub group: usize,
+    pub stamp: u64,
+    /// Whether the tail is wanted at all.
+    pub answers: bool,
+}
+
+impl Frontier {
+    /// Opens room for one more part and returns its number.
+    pub fn push(&mut self, part: Part) -> usize {
+        let at = self.parts.len();
+        self.parts.push(part);
+        self.logits.resize((at + 1) * self.group * LANES, 0.0);
+        self.rest.resize((at + 1) * LANES, 0.0);
+        self.lanes.resize((at + 1) * LANES, 0);
+        at
+    }
+
+    /// Moves the last `num` parts to position `to`, keeping all orders.
+    pub fn rotate(&mut self, to: usize, num: usize) {
+        let size = self.group * LANES;
+        self.parts[to..].rotate_right(num);
+        self.logits[to * size..].rotate_right(num * size);
+        self.rest[to * LANES..].rotate_right(num * LANES);
+        self.lanes[to * LANES..].rotate_right(num * LANES);
+    }
+
+    /// Forgets the parts from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.parts.truncate(len);
+        self.logits.truncate(len * self.group * LANES);
+        self.rest.truncate(len * LANES);
+        self.lanes.truncate(len * LANES);
+    }
+
+    /// Logits `[group, 16]` of a part.
+    pub fn logits_of(&self, part: usize) -> &[f32] {
+        let size = self.group * LANES;
+        &self.logits[part * size..(part + 1) * size]
+    }
+
+    /// Remaining tokens `[16]` of a part.
+    pub fn rest_of(&self, part: usize) -> &[f32] {
+        &self.rest[part * LANES..(part + 1) * LANES]
+    }
 }

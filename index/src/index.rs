@@ -10,6 +10,9 @@ use crate::scratch::Scratch;
 /// Name of a token, chosen by the caller (its position in the sequence); unique within one index.
 pub type KeyId = u32;
 
+/// Most elements of a key: 576 is the largest latent head in use today.
+pub const MAX_DIM: usize = 1024;
+
 /// Tokens to add. Keys are post-RoPE. Row `i` of both arrays belongs to `ids[i]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {

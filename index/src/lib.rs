@@ -2,12 +2,28 @@
 //!
 //! No device code and no engine types. See `KeyIndex` for the contract.
 
+mod blocks;
+mod check;
+mod dci;
 mod error;
+mod flat;
 mod found;
+mod frame;
+mod grow;
+mod idmap;
 mod index;
+mod pages;
+mod quant;
 mod scratch;
+mod search;
+mod simd;
+mod topk;
 
+pub use dci::Dci;
 pub use error::{Field, IndexError};
+pub use flat::Flat;
 pub use found::Found;
-pub use index::{Batch, Hit, KeyId, KeyIndex, MemoryReport, Query, SearchParams, Tail, TailOut, Unit};
+pub use index::{
+    Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
+};
 pub use scratch::Scratch;

@@ -1,5 +1,34 @@
 //! Working memory of a search, owned by the caller: one per worker thread.
 
-/// Reused by any number of searches on any index.
+use crate::quant::QuantQuery;
+use crate::topk::TopK;
+
+/// Reused by any number of searches on any index; grows to the largest and then stays.
 #[derive(Debug, Default)]
-pub struct Scratch {}
+pub struct Scratch {
+    /// `[group, dim]` query in the frame.
+    pub(crate) q: Vec<f32>,
+    pub(crate) quant: QuantQuery,
+    /// Excluded lanes by page entry, sorted by entry.
+    pub(crate) hidden: Vec<Hidden>,
+    /// Excluded tokens below the entries of each tree level, sorted by entry.
+    pub(crate) hidden_above: Vec<Vec<(u32, u32)>>,
+    /// Excluded young entries, sorted.
+    pub(crate) hidden_young: Vec<u32>,
+    pub(crate) top: TopK,
+    /// `[group]` log normaliser.
+    pub(crate) norm: Vec<f32>,
+    /// `[group, 16]` partial sums, weights.
+    pub(crate) sums: Vec<f32>,
+    pub(crate) weights: Vec<f32>,
+    /// Blocks to open at the next level.
+    pub(crate) opened: Vec<u32>,
+    pub(crate) ranked: Vec<(f32, u32)>,
+}
+
+/// Lanes of one page that are attended elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hidden {
+    pub entry: u32,
+    pub lanes: u16,
+}

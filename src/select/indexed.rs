@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use floe_index::{Batch, KeyIndex, Query, SearchParams, Tail, TailOut};
+use floe_index::{Batch, Dci, Flat, KeyIndex, Query, SearchParams, Tail, TailOut};
 
-use super::{SelectCost, SelectScratch, Selector};
+use super::{IndexOptions, SelectCost, SelectScratch, Selector};
+use crate::config::Config;
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::query::GroupQuery;
@@ -24,8 +25,19 @@ pub(super) struct Indexed {
 }
 
 impl Indexed {
-    pub(super) fn new(index: Box<dyn KeyIndex>, params: SearchParams, sinks: usize) -> Self {
-        Self { index, params, sinks: sinks as TokenPos, published: 0 }
+    /// Consecutive pages, scanned.
+    pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
+        Ok(Self::over(Box::new(Flat::new(config.heads.head_dim())?), config, options))
+    }
+
+    /// Pages of similar keys, in a tree.
+    pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
+        Ok(Self::over(Box::new(Dci::new(config.heads.head_dim())?), config, options))
+    }
+
+    fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {
+        let params = SearchParams::exact(0, options.unit, options.tail);
+        Self { index, params, sinks: config.sinks as TokenPos, published: 0 }
     }
 
     /// Positions that the index holds although the window attends them: they joined while still in the window.

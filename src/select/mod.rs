@@ -90,6 +90,7 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
         PolicyKind::Window => Box::new(dense::Window),
         PolicyKind::Quest => Box::new(quest::Quest::new(config.heads.head_dim())),
         PolicyKind::Oracle => Box::new(Oracle::new()),
-        PolicyKind::PageMean(options) | PolicyKind::Floe(options) => Box::new(indexed::Indexed::new(config, options)?),
+        PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
+        PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),
     })
 }

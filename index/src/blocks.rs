@@ -1,0 +1,173 @@
+//! Sixteen summaries side by side: the unit of scoring at every level of the tree.
+//!
+//! A block holds 16 entries (pages, super-nodes, or single young tokens). Keys are stored by quads of dimensions so that
+//! one 512-bit register holds four dimensions of all 16 entries and no horizontal sum is ever needed; values are stored
+//! row by row, as the tail reads them. Entry `e` lies in block `e / 16`, lane `e % 16`. An entry with count 0 is empty.
+
+use crate::grow::grow_by;
+use crate::index::MAX_DIM;
+use crate::quant::{QUAD, ZERO, quads_of, quantise};
+
+/// Entries in a block.
+pub(crate) const LANES: usize = 16;
+
+/// Summaries in blocks of 16; all arrays grow together.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Blocks {
+    pub dim: usize,
+    /// `[blocks, quads, 16, 4]` key codes, offset by 128.
+    pub key_codes: Vec<u8>,
+    /// `[blocks * 16]`
+    pub key_scale: Vec<f32>,
+    /// `[blocks * 16, dim]`
+    pub value_codes: Vec<i8>,
+    /// `[blocks * 16]`
+    pub value_scale: Vec<f32>,
+    /// `[blocks * 16]` tokens below the entry.
+    pub count: Vec<u32>,
+    /// `[blocks * 16]` page, block of the level below, or token id.
+    pub child: Vec<u32>,
+}
+
+impl Blocks {
+    pub fn new(dim: usize) -> Self {
+        Self { dim, ..Self::default() }
+    }
+
+    pub fn num_blocks(&self) -> usize {
+        self.count.len() / LANES
+    }
+
+    /// Bytes of key codes in one block.
+    pub fn key_stride(&self) -> usize {
+        quads_of(self.dim) * QUAD * LANES
+    }
+
+    /// Adds `num` empty blocks and returns the first one's index.
+    pub fn add_blocks(&mut self, num: usize) -> usize {
+        let first = self.num_blocks();
+        let entries = num * LANES;
+        let stride = self.key_stride();
+        grow_by(&mut self.key_codes, num * stride, ZERO);
+        grow_by(&mut self.key_scale, entries, 0.0);
+        grow_by(&mut self.value_codes, entries * self.dim, 0);
+        grow_by(&mut self.value_scale, entries, 0.0);
+        grow_by(&mut self.count, entries, 0);
+        grow_by(&mut self.child, entries, u32::MAX);
+        first
+    }
+
+    /// Key codes `[quads, 16, 4]` of a block.
+    pub fn block_keys(&self, block: usize) -> &[u8] {
+        let stride = self.key_stride();
+        &self.key_codes[block * stride..(block + 1) * stride]
+    }
+
+    /// Range of a block's entries in the arrays by entry.
+    pub fn entries(block: usize) -> std::ops::Range<usize> {
+        block * LANES..(block + 1) * LANES
+    }
+
+    /// Value codes `[16, dim]` of a block.
+    pub fn block_values(&self, block: usize) -> &[i8] {
+        &self.value_codes[block * LANES * self.dim..(block + 1) * LANES * self.dim]
+    }
+
+    /// First unused lane of a block, as an entry. A node whose tokens were all removed keeps its place.
+    pub fn free_entry(&self, block: usize) -> Option<usize> {
+        Self::entries(block).find(|&e| self.child[e] == u32::MAX)
+    }
+
+    /// Writes an entry from `key` and `value` `[dim]` f32.
+    pub fn set(&mut self, entry: usize, summary: Summary<'_>) {
+        let dim = self.dim;
+        let (codes, scale) = self.value_slot(entry);
+        *scale = quantise(summary.value, codes);
+        let mut row = [0i8; MAX_DIM];
+        let row = &mut row[..dim];
+        self.key_scale[entry] = quantise(summary.key, row);
+        let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
+        for (quad, codes) in row.chunks(QUAD).enumerate() {
+            for (slot, &code) in self.key_codes[base + quad * LANES * QUAD..].iter_mut().zip(codes) {
+                *slot = (code as u8) ^ ZERO;
+            }
+        }
+        self.count[entry] = summary.count;
+        self.child[entry] = summary.child;
+    }
+
+    fn value_slot(&mut self, entry: usize) -> (&mut [i8], &mut f32) {
+        let dim = self.dim;
+        (&mut self.value_codes[entry * dim..(entry + 1) * dim], &mut self.value_scale[entry])
+    }
+
+    /// Empties an entry.
+    pub fn clear(&mut self, entry: usize) {
+        let dim = self.dim;
+        let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
+        for d in 0..dim {
+            self.key_codes[base + (d / QUAD) * LANES * QUAD + d % QUAD] = ZERO;
+        }
+        self.value_codes[entry * dim..(entry + 1) * dim].fill(0);
+        self.key_scale[entry] = 0.0;
+        self.value_scale[entry] = 0.0;
+        self.count[entry] = 0;
+        self.child[entry] = u32::MAX;
+    }
+
+    /// Copies an entry to another place, codes and all.
+    pub fn copy(&mut self, from: usize, to: usize) {
+        let (dim, stride) = (self.dim, self.key_stride());
+        let base = |e: usize| (e / LANES) * stride + (e % LANES) * QUAD;
+        for quad in 0..quads_of(dim) {
+            let (a, b) = (base(from) + quad * LANES * QUAD, base(to) + quad * LANES * QUAD);
+            self.key_codes.copy_within(a..a + QUAD, b);
+        }
+        self.value_codes.copy_within(from * dim..(from + 1) * dim, to * dim);
+        self.key_scale[to] = self.key_scale[from];
+        self.value_scale[to] = self.value_scale[from];
+        self.count[to] = self.count[from];
+        self.child[to] = self.child[from];
+    }
+
+    /// Key of an entry as f32 `[dim]`.
+    pub fn read_key(&self, entry: usize, out: &mut [f32]) {
+        let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
+        let scale = self.key_scale[entry];
+        for (d, o) in out.iter_mut().enumerate() {
+            let code = self.key_codes[base + (d / QUAD) * LANES * QUAD + d % QUAD];
+            *o = (i32::from(code) - i32::from(ZERO)) as f32 * scale;
+        }
+    }
+
+    /// Value of an entry as f32 `[dim]`.
+    pub fn read_value(&self, entry: usize, out: &mut [f32]) {
+        let scale = self.value_scale[entry];
+        for (o, &code) in out.iter_mut().zip(&self.value_codes[entry * self.dim..]) {
+            *o = f32::from(code) * scale;
+        }
+    }
+
+    /// Host bytes owned.
+    pub fn size_bytes(&self) -> usize {
+        self.key_codes.capacity()
+            + self.value_codes.capacity()
+            + 4 * (self.key_scale.capacity()
+                + self.value_scale.capacity()
+                + self.count.capacity()
+                + self.child.capacity())
+    }
+}
+
+/// What an entry is written from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Summary<'a> {
+    /// `[dim]` f32
+    pub key: &'a [f32],
+    /// `[dim]` f32
+    pub value: &'a [f32],
+    /// Tokens it stands for.
+    pub count: u32,
+    /// Page, block or token id.
+    pub child: u32,
+}

@@ -1,0 +1,126 @@
+//! The tree of pages: tokens -> pages of at most 16 -> super-nodes of at most 16 pages -> ... -> top.
+//!
+//! Level 0 blocks hold page summaries; entry `b` of level 1 summarises block `b'` of level 0 (its `child`), and so on up to
+//! a top level of few blocks that every search scans whole.
+
+mod bisect;
+mod build;
+mod insert;
+mod search;
+mod tree;
+
+use crate::check;
+use crate::error::IndexError;
+use crate::flat::{Flat, check_dim};
+use crate::found::{Found, YOUNG};
+use crate::index::{Batch, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
+use crate::pages::{Pages, Removed};
+use crate::scratch::Scratch;
+use crate::simd::Isa;
+use tree::Tree;
+
+/// See the module documentation.
+#[derive(Clone, Debug)]
+pub struct Dci {
+    isa: Isa,
+    pages: Pages,
+    tree: Tree,
+}
+
+impl Dci {
+    /// An empty index over keys of `dim` elements.
+    ///
+    /// # Errors
+    /// `Config` when `dim` is 0 or above `MAX_DIM`.
+    pub fn new(dim: usize) -> Result<Self, IndexError> {
+        check_dim(dim)?;
+        Ok(Self { isa: Isa::detect(), pages: Pages::new(dim), tree: Tree::new(dim) })
+    }
+
+    /// The same pages without the tree: the oracle of every search.
+    pub fn flattened(&self) -> Flat {
+        Flat::over(self.pages.clone(), self.isa)
+    }
+
+    /// Tokens in sealed pages over slots of sealed pages; 1 when there is no page.
+    pub fn fill(&self) -> f64 {
+        let live: u32 = self.pages.live.iter().map(|l| l.count_ones()).sum();
+        let pages = self.pages.num_pages() - self.pages.free.len();
+        if pages == 0 { 1.0 } else { f64::from(live) / (pages * crate::blocks::LANES) as f64 }
+    }
+}
+
+impl KeyIndex for Dci {
+    fn dim(&self) -> usize {
+        self.pages.dim
+    }
+
+    fn len(&self) -> usize {
+        self.pages.map.len()
+    }
+
+    fn build(&mut self, batch: &Batch<'_>) -> Result<(), IndexError> {
+        if !self.is_empty() {
+            return Err(IndexError::NotEmpty { len: self.len() });
+        }
+        check::batch(batch, self.pages.dim, 0, |_| false)?;
+        self.build_all(batch);
+        Ok(())
+    }
+
+    fn insert(&mut self, batch: &Batch<'_>) -> Result<(), IndexError> {
+        check::batch(batch, self.pages.dim, self.len(), |id| self.pages.map.get(id).is_some())?;
+        self.insert_all(batch);
+        Ok(())
+    }
+
+    fn remove(&mut self, ids: &[KeyId]) -> Result<usize, IndexError> {
+        let mut removed = 0;
+        for &id in ids {
+            match self.pages.remove(id) {
+                Removed::Unknown => {}
+                Removed::Young => removed += 1,
+                Removed::Paged { entry } => {
+                    removed += 1;
+                    self.tree.refresh(&self.pages.blocks, entry / crate::blocks::LANES);
+                }
+            }
+        }
+        Ok(removed)
+    }
+
+    fn search(
+        &self,
+        query: &Query<'_>,
+        exclude: &[KeyId],
+        params: &SearchParams,
+        scratch: &mut Scratch,
+        found: &mut Found,
+    ) -> Result<(), IndexError> {
+        self.search_tree(query, exclude, params, (scratch, found))
+    }
+
+    fn tail(
+        &self,
+        query: &Query<'_>,
+        _exclude: &[KeyId],
+        found: &Found,
+        scratch: &mut Scratch,
+        state: TailOut<'_>,
+    ) -> Result<(), IndexError> {
+        let level = |level| match level {
+            YOUNG => &self.pages.young,
+            0 => &self.pages.blocks,
+            above => &self.tree.levels[usize::from(above) - 1],
+        };
+        crate::search::tail(self.isa, &self.pages, (query, found, scratch), level, state)
+    }
+
+    fn memory(&self) -> MemoryReport {
+        MemoryReport { tree_bytes: self.tree.size_bytes(), ..self.pages.memory() }
+    }
+
+    fn snapshot(&self) -> Vec<u8> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,80 @@
+//! Eight-bit summaries and the sixteen-bit query that reads them.
+//!
+//! A summary vector is `scale * (code - 128)` with codes in 1..=255 and `scale = max|x| / 127`. After rotation the
+//! coordinates of a vector are close to Gaussian, so the step is about 3 % of their spread and the rounding error of a
+//! logit about 0.8 % of the logits' spread. The query is split into two signed bytes so that its own rounding
+//! (1 / 32000 of its largest coordinate) never matters, and so that integer dot products are exact on every instruction set.
+
+/// Codes that one 512-bit register pairs with one query word: four dimensions of sixteen entries.
+pub(crate) const QUAD: usize = 4;
+
+/// Code of zero.
+pub(crate) const ZERO: u8 = 128;
+
+/// Quads that hold `dim` elements.
+pub(crate) fn quads_of(dim: usize) -> usize {
+    dim.div_ceil(QUAD)
+}
+
+fn scale_of(x: &[f32]) -> f32 {
+    x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0
+}
+
+/// Signed codes of `x` `[dim]` into `codes` `[dim]`; returns the scale (0 for a zero vector).
+pub(crate) fn quantise(x: &[f32], codes: &mut [i8]) -> f32 {
+    let scale = scale_of(x);
+    // Subnormal scales have no finite reciprocal; such a vector is zero for every purpose here.
+    if scale < f32::MIN_POSITIVE {
+        codes.fill(0);
+        return 0.0;
+    }
+    let inverse = 1.0 / scale;
+    for (code, &v) in codes.iter_mut().zip(x) {
+        *code = (v * inverse).round_ties_even().clamp(-127.0, 127.0) as i8;
+    }
+    scale
+}
+
+/// A group of queries as words of four signed bytes, high and low part, for the block kernel.
+#[derive(Debug, Default)]
+pub(crate) struct QuantQuery {
+    /// Query heads.
+    pub group: usize,
+    /// `[quads, 2 * group]` words: the high parts of all heads, then the low parts, of four dimensions.
+    pub words: Vec<i32>,
+    /// `[2 * group]` sum of the signed bytes times 128: what the unsigned summary codes add to each dot product.
+    pub offset: Vec<i32>,
+    /// `[group]` logit per unit of `(256 high + low) * summary scale`.
+    pub unit: Vec<f32>,
+}
+
+impl QuantQuery {
+    /// From `q` `[group, dim]` f32 and the softmax scale.
+    pub fn set(&mut self, q: &[f32], group: usize, scale: f32) {
+        let dim = q.len() / group.max(1);
+        let quads = quads_of(dim);
+        self.group = group;
+        self.words.clear();
+        self.words.resize(quads * 2 * group, 0);
+        self.offset.clear();
+        self.offset.resize(2 * group, 0);
+        self.unit.clear();
+        for (h, row) in q.chunks_exact(dim).enumerate() {
+            // The high byte of 32000 is 125, so neither part leaves the range of a signed byte.
+            let step = row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 32000.0;
+            let inverse = if step < f32::MIN_POSITIVE { 0.0 } else { 1.0 / step };
+            self.unit.push(if inverse == 0.0 { 0.0 } else { step * scale });
+            for (d, &v) in row.iter().enumerate() {
+                let whole = (v * inverse).round_ties_even() as i32;
+                let high = (whole + 128) >> 8;
+                let low = whole - (high << 8);
+                let at = (d / QUAD) * 2 * group + h;
+                let shift = 8 * (d % QUAD);
+                self.words[at] |= (high & 0xff) << shift;
+                self.words[at + group] |= (low & 0xff) << shift;
+                self.offset[h] += 128 * high;
+                self.offset[group + h] += 128 * low;
+            }
+        }
+    }
+}
