@@ -11,7 +11,7 @@ const QUOTE_MAX: usize = 60;
 #[non_exhaustive]
 pub enum TraceError {
     /// The operating system refused to open, read or write the file.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}", path.display())]
     Io {
         /// The file.
         path: PathBuf,

@@ -21,11 +21,13 @@ mod meta;
 mod read;
 mod rope;
 mod slice;
+pub mod synth;
 mod write;
 
 pub use error::TraceError;
 pub use meta::{FORMAT, Segment, TraceMeta};
 pub use read::{Tensor, Trace};
-pub use rope::{Rope, Rotation};
+pub use rope::{Rope, Rotation, rope_error};
 pub use slice::{QueryRange, SliceRequest};
+pub use synth::SynthRequest;
 pub use write::{TraceData, TraceWriter, write_trace};

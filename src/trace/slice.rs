@@ -42,13 +42,17 @@ pub enum QueryRange {
 impl SliceRequest {
     /// Writes the slice of `source` to `path`.
     ///
-    /// `index_until` becomes the first kept query's position unless the source's prefill ended later.
+    /// `index_until` becomes the first kept query's position unless the source's prefill ended later. The metadata
+    /// field `slice_of` says which tokens of which file these are.
     ///
     /// # Errors
     /// [`TraceError::Request`] when the source has not what is asked for, and those of [`write_trace`].
     pub fn write(&self, source: &Trace, path: impl AsRef<Path>) -> Result<(), TraceError> {
         let cut = Cut::plan(self, source.meta())?;
-        let meta = cut.apply(source.meta());
+        let mut meta = cut.apply(source.meta());
+        let origin = cut.describe(source);
+        let earlier = meta.extra.remove("slice_of").map(|earlier| format!(", itself {earlier}"));
+        meta.extra.insert("slice_of".into(), origin + &earlier.unwrap_or_default());
         let head_dim = meta.head_dim;
         let query_len = meta.group() * head_dim;
         let tokens = |tensor| {
@@ -115,6 +119,14 @@ impl Cut {
         let dropped = end - num_tokens;
         let num_sinks = if dropped == 0 { 0 } else { num_sinks };
         Ok(Self { num_sinks, tail: num_sinks + dropped..end, queries })
+    }
+
+    fn describe(&self, source: &Trace) -> String {
+        let Range { start, end } = &self.tail;
+        match self.num_dropped() {
+            0 => format!("tokens 0..{end} of {}", source.name()),
+            _ => format!("tokens 0..{} and {start}..{end} of {}", self.num_sinks, source.name()),
+        }
     }
 
     fn num_dropped(&self) -> usize {
