@@ -7,6 +7,7 @@ mod block;
 mod dense_decode;
 #[cfg(target_arch = "x86_64")]
 mod entry;
+mod fma_rate;
 mod score_rows;
 mod scratch;
 pub(crate) mod simd;
@@ -17,6 +18,7 @@ mod tile;
 mod vector;
 
 pub use dense_decode::{SplitScratch, dense_decode};
+pub use fma_rate::fma_rate;
 pub use score_rows::score_rows;
 pub use scratch::AttendScratch;
 pub use sparse_decode::sparse_decode;
