@@ -81,6 +81,12 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the machine is at fault rather than the caller's input.
+    #[must_use]
+    pub fn is_environment(&self) -> bool {
+        matches!(self, Self::Pool { .. })
+    }
+
     pub(crate) fn config(field: &'static str, value: impl Display, reason: impl Into<String>) -> Self {
         Self::Config { field, value: value.to_string(), reason: reason.into() }
     }

@@ -41,7 +41,7 @@ fn reference(text: &str, trace: &str) -> Vec<Cell> {
 
 fn replayed(path: &PathBuf) -> Vec<ReplayRow> {
     let plan = ReplayPlan {
-        policies: ["window", "quest", "oracle"].map(|p| p.parse().unwrap()).to_vec(),
+        policies: ["window", "quest", "pagemean", "oracle"].map(|p| p.parse().unwrap()).to_vec(),
         budgets: vec![96, 128, 256, 512, 1024, 2048],
         segments: vec!["story".into(), "answer".into()],
         max_queries: 0,
@@ -80,5 +80,5 @@ fn baselines_agree_with_the_reference_on_the_long_traces() {
         }
     }
     assert!(failures.is_empty(), "{} of {compared} cells differ:\n{}", failures.len(), failures.join("\n"));
-    assert_eq!(compared, 3 * 2 * 3 * 6);
+    assert_eq!(compared, 3 * 2 * 4 * 6);
 }

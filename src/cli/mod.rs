@@ -1,6 +1,7 @@
 //! Command line: one file per command. Commands return `anyhow::Result`; only this file decides on exit codes and
 //! writes to stderr.
 
+mod replay;
 mod table;
 mod trace;
 
@@ -8,6 +9,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use floe::replay::ReplayError;
 use floe::trace::TraceError;
 
 /// Exit code for input or a request that cannot be served as it is; clap's own for a wrong command line.
@@ -26,6 +28,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Compare policies with full attention on recorded traces.
+    Replay(replay::ReplayArgs),
     /// Inspect, cut and synthesise trace files.
     #[command(subcommand)]
     Trace(trace::TraceCommand),
@@ -35,6 +39,7 @@ enum Command {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        Command::Replay(args) => replay::run(args),
         Command::Trace(command) => trace::run(command),
     };
     match result {
@@ -56,6 +61,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     let is_input = error.chain().any(|cause| {
         let trace_error = cause.downcast_ref::<TraceError>();
         trace_error.is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<ReplayError>().is_some_and(|error| !error.is_environment())
     });
     if is_input { EXIT_INPUT } else { EXIT_ENVIRONMENT }
 }

@@ -1,6 +1,6 @@
 //! `floe replay`: accuracy of policies against full attention on recorded traces.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use clap::Args;
 use floe::Policy;
 use floe::replay::{REPLAY_SCHEMA, ReplayPlan, TraceReplay, html, num_runs, replay, summarise, tables};
 use floe::trace::Trace;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// The trace that is replayed when none is named: part of the binary, so that it runs from any folder.
 const BUNDLED: (&str, &[u8]) = (
@@ -61,7 +61,7 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     let (max_queries, seed, threads) = (args.queries, args.seed, args.threads);
     let plan = ReplayPlan { policies, budgets, segments, max_queries, seed, threads };
 
-    let bar = progress_bar(traces.len() * num_runs(&plan));
+    let bar = progress_bar(traces.len() * num_runs(&plan))?;
     let mut replays: Vec<TraceReplay> = Vec::with_capacity(traces.len());
     for trace in &traces {
         bar.set_message(trace.name());
@@ -99,13 +99,10 @@ fn open_traces(paths: &[PathBuf]) -> anyhow::Result<Vec<Trace>> {
     Ok(paths.iter().map(Trace::open).collect::<Result<_, _>>()?)
 }
 
-/// A bar on a terminal, nothing elsewhere.
-fn progress_bar(length: usize) -> ProgressBar {
-    if !io::stderr().is_terminal() {
-        return ProgressBar::with_draw_target(Some(length as u64), ProgressDrawTarget::hidden());
-    }
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} runs  {elapsed} (left {eta})  {msg}");
-    ProgressBar::new(length as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+/// Draws on stderr, and only when that is a terminal.
+fn progress_bar(length: usize) -> anyhow::Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} runs  {elapsed} (left {eta})  {msg}")?;
+    Ok(ProgressBar::new(length as u64).with_style(style))
 }
 
 fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {

@@ -5,14 +5,14 @@
 //! output error `|o - o_full| / |o_full|` and attention mass kept; per step: recall of the exact top tokens, tokens and
 //! bytes read.
 
-//mod render;
+mod render;
 mod run;
 mod summary;
 mod truth;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-//pub use render::{html, tables};
+pub use render::{html, tables};
 pub use run::Run;
 pub use summary::{REPLAY_SCHEMA, ReplayRow, average, summarise};
 
@@ -70,6 +70,14 @@ pub enum ReplayError {
     /// The engine refused a step or a configuration.
     #[error(transparent)]
     Engine(#[from] crate::Error),
+}
+
+impl ReplayError {
+    /// Whether the machine is at fault rather than the caller's input.
+    #[must_use]
+    pub fn is_environment(&self) -> bool {
+        matches!(self, Self::Engine(error) if error.is_environment())
+    }
 }
 
 /// One measured step: query `query` of the trace, in segment `segment` of [`TraceReplay::segments`].

@@ -1,18 +1,19 @@
 //! Scores of a GQA group: one number per candidate, shared by the query heads.
 
-/// Turns `scores` `[group, n]` (logits) into one score per candidate: the maximum over the heads of the softmax over the
-/// candidates. Every head has a say in proportion to how sharply it asks, whatever its logit scale. `[n]` into `out`.
-pub(super) fn max_of_softmax(scores: &mut [f32], group: usize, out: &mut Vec<f32>) {
+/// Turns `scores` `[group, n]` (logits) into one score per candidate: the maximum over the heads of the log-softmax over
+/// the candidates. Every head has a say in proportion to how sharply it asks, whatever its logit scale. In the log
+/// domain, because bounds far apart would all underflow to the same zero share. `[n]` into `out`.
+pub(super) fn max_of_log_softmax(scores: &[f32], group: usize, out: &mut Vec<f32>) {
     let n = scores.len() / group;
     out.clear();
-    out.resize(n, 0.0);
+    out.resize(n, f32::NEG_INFINITY);
     if n == 0 {
         return;
     }
-    for head in scores.chunks_exact_mut(n) {
-        let total = softmax_in_place(head);
-        let inverse = 1.0 / total;
-        out.iter_mut().zip(head.iter()).for_each(|(o, p)| *o = o.max(p * inverse));
+    for head in scores.chunks_exact(n) {
+        let max = head.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let lse = max + head.iter().map(|x| f64::from((x - max).exp())).sum::<f64>().ln() as f32;
+        out.iter_mut().zip(head).for_each(|(o, x)| *o = o.max(x - lse));
     }
 }
 
@@ -59,9 +60,16 @@ mod tests {
 
     #[test]
     fn a_sharp_head_outvotes_a_flat_one() {
-        let mut scores = [10.0, 0.0, 0.0, 0.0, 0.1, 0.2];
+        let scores = [10.0, 0.0, 0.0, 0.0, 0.1, 0.2];
         let mut out = Vec::new();
-        max_of_softmax(&mut scores, 2, &mut out);
-        assert!(out[0] > 0.99 && out[2] > 0.3 && out[2] > out[1]);
+        max_of_log_softmax(&scores, 2, &mut out);
+        assert!(out[0] > -0.01 && out[2] > out[1] && out[2] < -0.9, "{out:?}");
+    }
+
+    #[test]
+    fn candidates_far_below_the_best_keep_their_order() {
+        let mut out = Vec::new();
+        max_of_log_softmax(&[0.0, -500.0, -400.0], 1, &mut out);
+        assert!(out[2] > out[1], "{out:?}");
     }
 }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::group::{max_of_softmax, top_k};
+use super::group::{max_of_log_softmax, top_k};
 use super::{SelectCost, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
@@ -83,7 +83,7 @@ impl Selector for Quest {
             }
         }
         // The softmax runs over every page, so that a head that looks at sinks and window has little say in between.
-        max_of_softmax(&mut scratch.scores, query.group, &mut scratch.group_scores);
+        max_of_log_softmax(&scratch.scores, query.group, &mut scratch.group_scores);
         let first = candidates.start as usize / PAGE_TOKENS;
         let last = (candidates.end as usize).div_ceil(PAGE_TOKENS);
         // Pages needed at most: budget tokens from full pages, and two that the candidate range may cut.
