@@ -65,7 +65,7 @@ pub enum ChartError {
 pub enum Layout {
     /// Full text width.
     Wide,
-    /// Two charts side by side.
+    /// Two charts side by side, or one on a tablet.
     Half,
     /// A phone.
     Narrow,
@@ -74,8 +74,8 @@ pub enum Layout {
 impl Layout {
     pub(crate) fn width(self) -> f64 {
         match self {
-            Self::Wide => 860.0,
-            Self::Half => 500.0,
+            Self::Wide => 960.0,
+            Self::Half => 472.0,
             Self::Narrow => 360.0,
         }
     }
@@ -83,7 +83,7 @@ impl Layout {
     /// Height of the plotting area without titles and legend.
     pub(crate) fn plot_height(self) -> f64 {
         match self {
-            Self::Wide => 360.0,
+            Self::Wide => 380.0,
             Self::Half => 270.0,
             Self::Narrow => 250.0,
         }
