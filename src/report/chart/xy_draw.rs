@@ -206,7 +206,7 @@ fn draw_point_labels(m: &mut Markup, fitted: &Fitted<'_>, back_to_front: &[&Seri
             let Some(label) = &point.label else { continue };
             let free = label_places(at, name_width(series.ink, label)).into_iter().find(|place| {
                 place.inside(&area)
-                    && !taken.iter().any(|t| t.overlaps(place))
+                    && !taken.iter().any(|t| t.overlaps(&place.grown(2.0)))
                     && !lines.iter().any(|&(from, to)| place.is_crossed(from, to))
             });
             if let Some(place) = free {
