@@ -121,6 +121,7 @@ pub(crate) struct Key<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KeyForm {
     Line,
+    Marker,
     Patch,
 }
 
@@ -146,6 +147,7 @@ pub(crate) fn legend(m: &mut Markup, keys: &[Key<'_>], top: f64, layout: Layout)
                 line(m, "line", (x, middle), (x + 26.0, middle));
                 marker(m, key.ink.shape(), (x + 13.0, middle));
             }
+            KeyForm::Marker => marker(m, key.ink.shape(), (x + 6.0, middle)),
             KeyForm::Patch => {
                 m.open("rect").attr("class", "fill").num("x", x).num("y", middle - 6.0);
                 m.num("width", 12.0).num("height", 12.0).attr("rx", "2").empty();

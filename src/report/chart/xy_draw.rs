@@ -107,7 +107,8 @@ fn names_fit(chart: &XyChart, layout: Layout) -> Option<f64> {
 }
 
 fn legend_keys(chart: &XyChart) -> Vec<Key<'_>> {
-    chart.series.iter().map(|s| Key { ink: s.ink, label: &s.label, form: KeyForm::Line }).collect()
+    let form = |join| if join == Join::Line { KeyForm::Line } else { KeyForm::Marker };
+    chart.series.iter().map(|s| Key { ink: s.ink, label: &s.label, form: form(s.join) }).collect()
 }
 
 fn draw_band(m: &mut Markup, fitted: &Fitted<'_>, series: &Series) {
