@@ -1,7 +1,8 @@
 //! Colours by role, not by value: the style sheet gives each role a light and a dark colour.
 //!
-//! The palettes keep at least 4.5:1 contrast to both page backgrounds (tested) and never carry meaning alone: every series
-//! also has its own marker, its own label, and references are dashed.
+//! The palettes keep at least 4.5:1 contrast to both page backgrounds, and the colours of a role stay apart for readers with
+//! protanopia or deuteranopia (both tested). Colour never carries meaning alone: every series also has its own marker and
+//! label, and references are dashed.
 
 /// What a series, span or bar part is to the reader. The number picks the colour within the role and wraps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,29 +21,28 @@ pub enum Ink {
 pub(crate) type Palette = &'static [(&'static str, &'static str)];
 
 pub(crate) const OWN: Palette =
-    &[("#0b57d0", "#7ab0ff"), ("#c23b0e", "#ff9466"), ("#00756a", "#3fd0bd"), ("#9c2a93", "#ee93e4")];
+    &[("#0b57d0", "#6fa5ff"), ("#a33008", "#e8805f"), ("#008055", "#6fe8a8"), ("#7d1784", "#f5b3fb")];
 pub(crate) const RIVAL: Palette = &[
-    ("#8a6412", "#cfae62"),
-    ("#4a7550", "#93c19a"),
-    ("#7d5a9a", "#c0a1da"),
-    ("#4a7190", "#92b8d6"),
-    ("#96564a", "#dba091"),
-    ("#6b6f2a", "#bcbf78"),
-    ("#a04a72", "#dd97b8"),
-    ("#3d7478", "#88bfc2"),
+    ("#7f7728", "#bbb573"),
+    ("#984f64", "#d28c9f"),
+    ("#357a93", "#b3e0f2"),
+    ("#3d672d", "#73a164"),
+    ("#585794", "#aaabe5"),
+    ("#663f45", "#e5b7be"),
+    ("#4c4300", "#e2d789"),
+    ("#29416f", "#7092d0"),
 ];
 pub(crate) const REFERENCE: Palette = &[("#6a6f77", "#9aa1ab"), ("#3c4149", "#ccd1d9")];
 pub(crate) const CATEGORY: Palette = &[
-    ("#2f6db5", "#7fb2ec"),
-    ("#b4560f", "#f0a061"),
-    ("#2d7d60", "#69c7a4"),
-    ("#8c5aa8", "#c79fe0"),
-    ("#8a6d00", "#d9bb4a"),
-    ("#b2446a", "#f08fb0"),
-    ("#3a7c92", "#76c4dc"),
-    ("#8a5a44", "#d3a48d"),
-    ("#66732b", "#b3c270"),
-    ("#6a6f77", "#9aa1ab"),
+    ("#3a579c", "#9ab5f0"),
+    ("#844b07", "#d18d50"),
+    ("#1c7f91", "#72ddf5"),
+    ("#b75575", "#fabece"),
+    ("#048151", "#6fb18c"),
+    ("#816d0b", "#e1c969"),
+    ("#7f67bd", "#a390dd"),
+    ("#486343", "#9bca93"),
+    ("#834970", "#d994c1"),
 ];
 /// Page background, light and dark.
 #[cfg(test)]
@@ -69,7 +69,7 @@ impl Ink {
         format!("{stem} {stem}{}", usize::from(number) % palette.len())
     }
 
-    /// Number of the marker shape. Shapes wrap at seven, colours at four or eight, so the pair repeats late.
+    /// Number of the marker shape. Shapes wrap at seven, colours at four, eight or nine, so the pair repeats late.
     pub(crate) fn shape(self) -> u8 {
         let (_, _, number) = self.role();
         number % 7
@@ -151,11 +151,7 @@ mod tests {
 
     /// WCAG 2.2 relative luminance of `#rrggbb`.
     fn luminance(colour: &str) -> f64 {
-        let channel = |i: usize| {
-            let c = f64::from(u8::from_str_radix(&colour[i..i + 2], 16).unwrap()) / 255.0;
-            if c <= 0.040_45 { c / 12.92 } else { ((c + 0.055) / 1.055).powf(2.4) }
-        };
-        0.2126 * channel(1) + 0.7152 * channel(3) + 0.0722 * channel(5)
+        linear(colour).iter().zip([0.2126, 0.7152, 0.0722]).map(|(c, weight)| c * weight).sum()
     }
 
     fn contrast(a: &str, b: &str) -> f64 {
@@ -169,6 +165,69 @@ mod tests {
             for (i, (light, dark)) in palette.iter().enumerate() {
                 assert!(contrast(light, PAPER.0) >= 4.5, "{stem}{i} light {}", contrast(light, PAPER.0));
                 assert!(contrast(dark, PAPER.1) >= 4.5, "{stem}{i} dark {}", contrast(dark, PAPER.1));
+            }
+        }
+    }
+
+    type Rgb = [f64; 3];
+
+    fn linear(colour: &str) -> Rgb {
+        [1, 3, 5].map(|i| {
+            let c = f64::from(u8::from_str_radix(&colour[i..i + 2], 16).unwrap()) / 255.0;
+            if c <= 0.040_45 { c / 12.92 } else { ((c + 0.055) / 1.055).powf(2.4) }
+        })
+    }
+
+    fn times(matrix: [Rgb; 3], v: Rgb) -> Rgb {
+        matrix.map(|row| row.iter().zip(v).map(|(a, b)| a * b).sum())
+    }
+
+    /// Oklab (Ottosson 2020), in which equal distances look about equally different.
+    fn oklab(rgb: Rgb) -> Rgb {
+        let cones = [
+            [0.412_221_470_8, 0.536_332_536_3, 0.051_445_992_9],
+            [0.211_903_498_2, 0.680_699_545_1, 0.107_396_956_6],
+            [0.088_302_461_9, 0.281_718_837_6, 0.629_978_700_5],
+        ];
+        let opponent = [
+            [0.210_454_255_3, 0.793_617_785_0, -0.004_072_046_8],
+            [1.977_998_495_1, -2.428_592_205_0, 0.450_593_709_9],
+            [0.025_904_037_1, 0.782_771_766_2, -0.808_675_766_0],
+        ];
+        times(opponent, times(cones, rgb).map(|c| c.max(0.0).cbrt()))
+    }
+
+    /// Identity, protanopia, deuteranopia: Machado, Oliveira and Fernandes 2009, severity 1.
+    const EYES: [[Rgb; 3]; 3] = [
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+        [
+            [0.152_286, 1.052_583, -0.204_868],
+            [0.114_503, 0.786_281, 0.099_216],
+            [-0.003_882, -0.048_116, 1.051_998],
+        ],
+        [
+            [0.367_322, 0.860_646, -0.227_968],
+            [0.280_085, 0.672_501, 0.047_413],
+            [-0.011_820, 0.042_940, 0.968_881],
+        ],
+    ];
+
+    #[test]
+    fn inks_of_a_role_stay_apart_for_colour_blind_readers() {
+        let seen = |eye, colour: &str| oklab(times(eye, linear(colour)).map(|c| c.clamp(0.0, 1.0)));
+        let apart = |a: &str, b: &str| {
+            let distance = |eye| -> f64 {
+                seen(eye, a).iter().zip(seen(eye, b)).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt()
+            };
+            EYES.map(distance).into_iter().fold(f64::INFINITY, f64::min)
+        };
+        for (stem, palette) in ROLES {
+            for (i, a) in palette.iter().enumerate() {
+                for (j, b) in palette.iter().enumerate().skip(i + 1) {
+                    for (a, b) in [(a.0, b.0), (a.1, b.1)] {
+                        assert!(apart(a, b) >= 0.055, "{stem}{i} {a} and {stem}{j} {b}: {}", apart(a, b));
+                    }
+                }
             }
         }
     }

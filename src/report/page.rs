@@ -222,21 +222,27 @@ fn draw_block(m: &mut Markup, block: &Block, counts: &mut Counts) {
             m.close();
         }
         Block::Figures(figures) => {
-            let wide = if figures.len() > 1 { Layout::Half } else { Layout::Wide };
-            m.line().open("div").attr("class", if figures.len() > 1 { "figures pair" } else { "figures" });
+            let (class, layouts): (_, &[Layout]) = match figures.len() {
+                0 | 1 => ("figures", &[Layout::Wide, Layout::Half, Layout::Narrow]),
+                _ => ("figures pair", &[Layout::Half, Layout::Narrow]),
+            };
+            m.line().open("div").attr("class", class);
             for figure in figures {
                 counts.figures += 1;
-                draw_figure(m, figure, wide, counts.figures);
+                draw_figure(m, figure, layouts, counts.figures);
             }
             m.close();
         }
     }
 }
 
-fn draw_figure(m: &mut Markup, figure: &Figure, wide: Layout, number: usize) {
+fn draw_figure(m: &mut Markup, figure: &Figure, layouts: &[Layout], number: usize) {
     m.line().open("figure").open("h3").text(&figure.title).close();
-    m.raw(&chart::inline(figure.chart.as_ref(), &figure.title, wide));
-    m.raw(&chart::inline(figure.chart.as_ref(), &figure.title, Layout::Narrow));
+    // The style sheet shows the one that fits the screen; text in charts keeps its size that way.
+    for &layout in layouts {
+        m.line().raw(&chart::inline(figure.chart.as_ref(), &figure.title, layout));
+    }
+    m.line();
     m.open("figcaption").open("b").text(&format!("Figure {number}. ")).close();
     inline_code(m, &figure.caption);
     m.close();

@@ -167,16 +167,18 @@ impl Axis {
     }
 
     fn fit_linear(&self, low: f64, high: f64, num_ticks: usize) -> FittedAxis {
-        let raw = (high - low) / num_ticks.max(1) as f64;
+        let num_ticks = num_ticks.max(2) as f64;
+        let raw = (high - low) / num_ticks;
         let exponent = raw.log10().floor() as i32;
-        let step = [(1.0, exponent), (2.0, exponent), (2.5, exponent), (5.0, exponent), (1.0, exponent + 1)]
+        // The small shift keeps 0.30000000000000004 from asking for a step more than 0.3 does.
+        let outer = |step: f64| ((low / step + 1e-6).floor(), (high / step - 1e-6).ceil());
+        let steps = [(1.0, exponent), (2.0, exponent), (2.5, exponent), (5.0, exponent), (1.0, exponent + 1)];
+        let step = steps
             .map(|(digit, exponent)| decimal(digit, exponent))
             .into_iter()
-            .find(|&step| step >= raw * (1.0 - 1e-9))
-            .unwrap_or(raw);
-        // The small shift keeps 0.30000000000000004 from asking for a step more than 0.3 does.
-        let first = (low / step + 1e-6).floor();
-        let last = (high / step - 1e-6).ceil().max(first + 1.0);
+            .find(|&step| outer(step).1 - outer(step).0 <= num_ticks + 1.0)
+            .unwrap_or(decimal(2.0, exponent + 1));
+        let (first, last) = (outer(step).0, outer(step).1.max(outer(step).0 + 1.0));
         let count = (last - first).round() as u32;
         let ticks = (0..=count).map(|i| self.tick((first + f64::from(i)) * step, Some(step))).collect();
         FittedAxis::new(Scale::Linear, (first * step).min(low), (last * step).max(high), ticks)

@@ -2,7 +2,7 @@
 
 use super::Layout;
 use super::axis::{Axis, FittedAxis};
-use super::label::{FONT_SIZE, LINE_HEIGHT, text_width, wrap};
+use super::label::{FONT_SIZE, LINE_HEIGHT, name_width, text_width, wrap};
 use crate::report::ink::Ink;
 use crate::report::markup::{Markup, coordinate};
 
@@ -121,6 +121,7 @@ pub(crate) struct Key<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KeyForm {
     Line,
+    Marker,
     Patch,
 }
 
@@ -134,7 +135,7 @@ pub(crate) fn legend(m: &mut Markup, keys: &[Key<'_>], top: f64, layout: Layout)
     m.open("g").attr("class", "legend");
     for key in keys {
         let symbol = if key.form == KeyForm::Line { 34.0 } else { 20.0 };
-        let width = symbol + text_width(key.label) + 18.0;
+        let width = symbol + name_width(key.ink, key.label) + 18.0;
         if x > 0.0 && x + width - 18.0 > layout.width() {
             x = 0.0;
             y += row;
@@ -146,6 +147,7 @@ pub(crate) fn legend(m: &mut Markup, keys: &[Key<'_>], top: f64, layout: Layout)
                 line(m, "line", (x, middle), (x + 26.0, middle));
                 marker(m, key.ink.shape(), (x + 13.0, middle));
             }
+            KeyForm::Marker => marker(m, key.ink.shape(), (x + 6.0, middle)),
             KeyForm::Patch => {
                 m.open("rect").attr("class", "fill").num("x", x).num("y", middle - 6.0);
                 m.num("width", 12.0).num("height", 12.0).attr("rx", "2").empty();

@@ -2,6 +2,8 @@
 
 use unicode_width::UnicodeWidthChar;
 
+use crate::report::ink::Ink;
+
 /// Size of all text in charts, in user units.
 pub(crate) const FONT_SIZE: f64 = 13.0;
 /// Height of a line of text.
@@ -22,6 +24,11 @@ pub(crate) fn text_width(text: &str) -> f64 {
         })
         .sum();
     em * FONT_SIZE
+}
+
+/// Estimated width of the name of a series: own names are set in bold, which is wider.
+pub(crate) fn name_width(ink: Ink, name: &str) -> f64 {
+    text_width(name) * if matches!(ink, Ink::Own(_)) { 1.1 } else { 1.0 }
 }
 
 /// `text` cut to `width` with an ellipsis, or whole when it fits.
@@ -113,6 +120,39 @@ impl Rect {
             && other.top < self.bottom
     }
 
+    /// Whether the straight line between two points passes through the box: Liang and Barsky's clipping.
+    pub(crate) fn is_crossed(&self, from: (f64, f64), to: (f64, f64)) -> bool {
+        let (dx, dy) = (to.0 - from.0, to.1 - from.1);
+        let edges = [
+            (-dx, from.0 - self.left),
+            (dx, self.right - from.0),
+            (-dy, from.1 - self.top),
+            (dy, self.bottom - from.1),
+        ];
+        let (mut enter, mut leave) = (0.0f64, 1.0f64);
+        for (towards, room) in edges {
+            if towards == 0.0 && room < 0.0 {
+                return false;
+            }
+            if towards < 0.0 {
+                enter = enter.max(room / towards);
+            } else if towards > 0.0 {
+                leave = leave.min(room / towards);
+            }
+        }
+        enter <= leave
+    }
+
+    /// The box with a margin all around.
+    pub(crate) fn grown(&self, margin: f64) -> Self {
+        Self {
+            left: self.left - margin,
+            top: self.top - margin,
+            right: self.right + margin,
+            bottom: self.bottom + margin,
+        }
+    }
+
     pub(crate) fn inside(&self, outer: &Self) -> bool {
         self.left >= outer.left
             && self.right <= outer.right
@@ -144,6 +184,21 @@ mod tests {
         }
         assert_eq!(spread(&[10.0, 50.0], 15.0, (0.0, 100.0)), [10.0, 50.0], "free labels stay");
         assert_eq!(spread(&[50.0, 10.0], 15.0, (0.0, 100.0)), [50.0, 10.0], "any input order");
+    }
+
+    #[test]
+    fn a_box_is_crossed_only_by_lines_through_it() {
+        let square = Rect { left: 0.0, top: 0.0, right: 2.0, bottom: 2.0 };
+        for (from, to, crossed) in [
+            ((-1.0, 1.0), (3.0, 1.0), true),
+            ((1.0, 1.0), (1.0, 1.0), true),
+            ((-1.0, 2.0), (1.0, 4.0), false),
+            ((3.0, -1.0), (3.0, 3.0), false),
+            ((-1.0, 0.5), (0.5, -1.0), false),
+            ((-1.0, 1.5), (1.5, -1.0), true),
+        ] {
+            assert_eq!(square.is_crossed(from, to), crossed, "{from:?} {to:?}");
+        }
     }
 
     #[test]

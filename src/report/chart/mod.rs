@@ -65,7 +65,7 @@ pub enum ChartError {
 pub enum Layout {
     /// Full text width.
     Wide,
-    /// Two charts side by side.
+    /// Two charts side by side, or one on a tablet.
     Half,
     /// A phone.
     Narrow,
@@ -74,8 +74,8 @@ pub enum Layout {
 impl Layout {
     pub(crate) fn width(self) -> f64 {
         match self {
-            Self::Wide => 860.0,
-            Self::Half => 500.0,
+            Self::Wide => 960.0,
+            Self::Half => 472.0,
             Self::Narrow => 360.0,
         }
     }
@@ -83,7 +83,7 @@ impl Layout {
     /// Height of the plotting area without titles and legend.
     pub(crate) fn plot_height(self) -> f64 {
         match self {
-            Self::Wide => 360.0,
+            Self::Wide => 380.0,
             Self::Half => 270.0,
             Self::Narrow => 250.0,
         }
@@ -106,13 +106,28 @@ pub trait Chart: draw::Draw {
     /// The numbers behind the picture.
     fn data(&self) -> Table;
 
-    /// A complete SVG file: `title` is its accessible name.
+    /// A complete SVG file headed by `title`.
     fn to_svg(&self, title: &str, layout: Layout) -> String {
-        let mut style = String::from(include_str!("chart.css"));
-        style.push_str(&ink::style());
-        render(&self.draw(layout), &self.description(), title, (layout, Some(&style)))
+        let drawing = self.draw(layout);
+        let (width, height) =
+            (layout.width() + 2.0 * MARGIN, drawing.height.ceil() + 2.0 * MARGIN + TITLE_HEIGHT);
+        let mut m = Markup::new();
+        open_svg(&mut m, title, layout, (-MARGIN, -MARGIN - TITLE_HEIGHT, width, height));
+        m.num("width", width).num("height", height);
+        m.leaf("title", title).leaf("desc", &self.description());
+        m.leaf("style", &(include_str!("chart.css").to_owned() + &ink::style()));
+        m.open("rect").attr("class", "paper").num("x", -MARGIN).num("y", -MARGIN - TITLE_HEIGHT);
+        m.num("width", width).num("height", height).empty();
+        let heading = label::shorten(title, layout.width());
+        frame::text(&mut m, "heading", (0.0, -TITLE_HEIGHT + label::FONT_SIZE), &heading);
+        m.raw(&drawing.markup);
+        m.finish()
     }
 }
+
+/// Space around a chart that stands alone, and the height of its title.
+const MARGIN: f64 = 24.0;
+const TITLE_HEIGHT: f64 = 32.0;
 
 /// The private half of [`Chart`].
 mod draw {
@@ -131,24 +146,17 @@ use draw::{Draw, Drawing};
 
 /// An `<svg>` element to stand in a page that carries the style sheet.
 pub(crate) fn inline(chart: &dyn Chart, title: &str, layout: Layout) -> String {
-    render(&chart.draw(layout), &chart.description(), title, (layout, None))
-}
-
-fn render(drawing: &Drawing, description: &str, title: &str, form: (Layout, Option<&str>)) -> String {
-    let (layout, style) = form;
-    let (width, height) = (layout.width(), drawing.height.ceil());
+    let drawing = chart.draw(layout);
     let mut m = Markup::new();
-    m.open("svg").attr("xmlns", "http://www.w3.org/2000/svg");
-    m.attr("class", &format!("chart {}", layout.class()));
-    m.attr("viewBox", &format!("0 0 {width} {height}"));
-    m.attr("role", "img").attr("aria-label", title);
-    if let Some(style) = style {
-        m.num("width", width).num("height", height);
-        m.leaf("title", title).leaf("desc", description).leaf("style", style);
-        m.open("rect").attr("class", "paper").attr("width", "100%").attr("height", "100%").empty();
-    } else {
-        m.leaf("desc", description);
-    }
+    open_svg(&mut m, title, layout, (0.0, 0.0, layout.width(), drawing.height.ceil()));
+    m.leaf("desc", &chart.description());
     m.raw(&drawing.markup);
     m.finish()
+}
+
+fn open_svg(m: &mut Markup, title: &str, layout: Layout, view: (f64, f64, f64, f64)) {
+    m.open("svg").attr("xmlns", "http://www.w3.org/2000/svg");
+    m.attr("class", &format!("chart {}", layout.class()));
+    m.attr("viewBox", &format!("{} {} {} {}", view.0, view.1, view.2, view.3));
+    m.attr("role", "img").attr("aria-label", title);
 }

@@ -5,6 +5,9 @@ use super::{Chart, Draw, Drawing, Layout, xy_draw};
 use crate::report::ink::Ink;
 use crate::report::table::{Cell, Column, Row, Table};
 
+/// A data table with more columns than this is read by row instead.
+const COLUMNS_MAX: usize = 12;
+
 /// One measured value.
 #[derive(Clone, Debug)]
 pub struct Point {
@@ -193,24 +196,84 @@ impl Chart for XyChart {
     }
 
     fn data(&self) -> Table {
+        self.data_by_x().unwrap_or_else(|| self.data_by_point())
+    }
+}
+
+impl XyChart {
+    /// One row per x and one column per series, when every series has at most one unlabelled point at each x.
+    fn data_by_x(&self) -> Option<Table> {
+        let mut places: Vec<f64> = self.series.iter().flat_map(|s| s.points.iter().map(|p| p.x)).collect();
+        places.sort_by(f64::total_cmp);
+        places.dedup_by(|a, b| a.total_cmp(b).is_eq());
+        let at = |series: &Series, x: f64| -> Vec<f64> {
+            series.points.iter().filter(|p| p.x.total_cmp(&x).is_eq()).map(|p| p.y).collect()
+        };
+        let labelled = self.series.iter().any(|s| s.points.iter().any(|p| p.label.is_some()));
+        let repeated = self.series.iter().any(|s| places.iter().any(|&x| at(s, x).len() > 1));
+        if labelled || repeated || self.series.len() > COLUMNS_MAX {
+            return None;
+        }
+        let group = self.y.heading();
+        let heads = self.series.iter().map(|s| Column::number(&s.label).group(&group));
+        let mut table = Table::new([Column::number(self.x.heading())].into_iter().chain(heads));
+        for x in places {
+            let cells = self.series.iter().map(|series| match at(series, x).first() {
+                Some(&y) => Cell::number(y, self.y.number_format()),
+                None => Cell::missing(),
+            });
+            let place = Cell::number(x, self.x.number_format());
+            table.push_checked(Row::new([place].into_iter().chain(cells)));
+        }
+        Some(table)
+    }
+
+    /// One row per point.
+    fn data_by_point(&self) -> Table {
         let mut table = Table::new([
             Column::text("series"),
+            Column::text("point"),
             Column::number(self.x.heading()),
             Column::number(self.y.heading()),
         ]);
         for series in &self.series {
             for point in &series.points {
-                let name = match &point.label {
-                    Some(label) => format!("{} {label}", series.label),
-                    None => series.label.clone(),
-                };
                 table.push_checked(Row::new([
-                    Cell::text(name).ink(series.ink),
+                    Cell::text(&series.label).ink(series.ink),
+                    Cell::text(point.label.as_deref().unwrap_or("")),
                     Cell::number(point.x, self.x.number_format()),
                     Cell::number(point.y, self.y.number_format()),
                 ]));
             }
         }
         table
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chart(points: [&[(f64, f64)]; 2]) -> XyChart {
+        let mut chart = XyChart::new(Axis::linear("x"), Axis::linear("y"));
+        for (i, points) in points.into_iter().enumerate() {
+            let points = points.iter().map(|&(x, y)| Point::new(x, y));
+            chart.push(Series::line(format!("s{i}"), Ink::Category(i as u8), points));
+        }
+        chart
+    }
+
+    #[test]
+    fn data_has_a_column_per_series_when_x_is_unique_and_a_row_per_point_otherwise() {
+        let wide = chart([&[(2.0, 0.5), (1.0, 0.25)], &[(2.0, 1.0)]]).data();
+        assert_eq!(wide.to_csv(), "x,y s0,y s1\r\n1,0.25,\r\n2,0.5,1\r\n");
+        let long = chart([&[(1.0, 0.5), (1.0, 0.25)], &[]]).data();
+        assert_eq!(long.to_csv(), "series,point,x,y\r\ns0,,1,0.5\r\ns0,,1,0.25\r\n");
+    }
+
+    #[test]
+    fn description_names_every_series_with_its_ends() {
+        let text = chart([&[(1.0, 0.5), (2.0, 0.25)], &[]]).description();
+        assert_eq!(text, "y against x. s0: 0.5 at 1 to 0.25 at 2. s1: no data.");
     }
 }

@@ -1,7 +1,7 @@
 //! Drawing of [`XyChart`]: fits the axes, then grid, bands, lines, markers, names and notes, in this order.
 
 use super::frame::{self, Key, KeyForm, Plot, XGrid, polyline};
-use super::label::{FONT_SIZE, LINE_HEIGHT, Rect, spread, text_width};
+use super::label::{FONT_SIZE, LINE_HEIGHT, Rect, name_width, spread};
 use super::xy::{Join, Naming, Point, Series, XyChart};
 use super::{Drawing, Layout};
 use crate::report::chart::axis::FittedAxis;
@@ -99,7 +99,7 @@ fn names_fit(chart: &XyChart, layout: Layout) -> Option<f64> {
         let drawn = |s: &&Series| s.points.iter().any(|p| chart.is_drawable(p.x, p.y));
         chart.series.iter().filter(drawn)
     };
-    let widest = visible().map(|s| text_width(&s.label)).fold(0.0, f64::max);
+    let widest = visible().map(|s| name_width(s.ink, &s.label)).fold(0.0, f64::max);
     let lines = visible().count() > 0 && visible().all(|s| s.join == Join::Line);
     let tall = visible().count() as f64 * LINE_HEIGHT <= layout.plot_height();
     let wide = layout != Layout::Narrow && widest <= layout.width() * 0.3;
@@ -107,7 +107,8 @@ fn names_fit(chart: &XyChart, layout: Layout) -> Option<f64> {
 }
 
 fn legend_keys(chart: &XyChart) -> Vec<Key<'_>> {
-    chart.series.iter().map(|s| Key { ink: s.ink, label: &s.label, form: KeyForm::Line }).collect()
+    let form = |join| if join == Join::Line { KeyForm::Line } else { KeyForm::Marker };
+    chart.series.iter().map(|s| Key { ink: s.ink, label: &s.label, form: form(s.join) }).collect()
 }
 
 fn draw_band(m: &mut Markup, fitted: &Fitted<'_>, series: &Series) {
@@ -184,35 +185,31 @@ fn draw_names(m: &mut Markup, fitted: &Fitted<'_>) {
     m.close();
 }
 
-/// Labels of single points where they touch neither a marker nor an earlier label; own series choose first.
+/// Labels of single points where they touch no marker, no line and no earlier label; own series choose first. A label without
+/// room is left to the tooltip.
 fn draw_point_labels(m: &mut Markup, fitted: &Fitted<'_>, back_to_front: &[&Series]) {
     let plot = &fitted.plot;
     let area =
         Rect { left: plot.left, top: plot.top - 10.0, right: plot.right() + 10.0, bottom: plot.bottom() };
     let mut taken: Vec<Rect> = Vec::new();
+    let mut lines: Vec<((f64, f64), (f64, f64))> = Vec::new();
     for series in back_to_front {
-        for (_, (x, y)) in fitted.drawn(series) {
+        let drawn = fitted.drawn(series);
+        for (_, (x, y)) in &drawn {
             taken.push(Rect { left: x - 5.0, top: y - 5.0, right: x + 5.0, bottom: y + 5.0 });
+        }
+        if series.join == Join::Line {
+            lines.extend(drawn.windows(2).map(|pair| (pair[0].1, pair[1].1)));
         }
     }
     for series in back_to_front.iter().rev() {
-        for (point, (x, y)) in fitted.drawn(series) {
+        for (point, at) in fitted.drawn(series) {
             let Some(label) = &point.label else { continue };
-            let width = text_width(label);
-            let places =
-                [(x + 8.0, y - 12.0), (x - width / 2.0, y - 16.0), (x + 9.0, y + 4.0)].into_iter().chain([
-                    (x - width - 8.0, y + 12.0),
-                    (x - width / 2.0, y + 16.0),
-                    (x - width - 8.0, y - 4.0),
-                ]);
-            let free = places
-                .map(|(left, middle)| Rect {
-                    left,
-                    top: middle - FONT_SIZE / 2.0,
-                    right: left + width,
-                    bottom: middle + FONT_SIZE / 2.0,
-                })
-                .find(|place| place.inside(&area) && !taken.iter().any(|t| t.overlaps(place)));
+            let free = label_places(at, name_width(series.ink, label)).into_iter().find(|place| {
+                place.inside(&area)
+                    && !taken.iter().any(|t| t.overlaps(&place.grown(2.0)))
+                    && !lines.iter().any(|&(from, to)| place.is_crossed(from, to))
+            });
             if let Some(place) = free {
                 m.open("g").attr("class", &series.ink.class());
                 frame::text(m, "name small", (place.left, place.bottom - FONT_SIZE * 0.15), label);
@@ -221,4 +218,26 @@ fn draw_point_labels(m: &mut Markup, fitted: &Fitted<'_>, back_to_front: &[&Seri
             }
         }
     }
+}
+
+/// Boxes around a point where its label may stand, best first.
+fn label_places(at: (f64, f64), width: f64) -> [Rect; 8] {
+    let (x, y) = at;
+    let centres = [
+        (x + 8.0, y - 12.0),
+        (x - width - 8.0, y + 12.0),
+        (x - width / 2.0, y - 17.0),
+        (x - width / 2.0, y + 17.0),
+        (x + 10.0, y + 2.0),
+        (x - width - 10.0, y - 2.0),
+        (x + 8.0, y + 12.0),
+        (x - width - 8.0, y - 12.0),
+    ];
+    let half = FONT_SIZE / 2.0;
+    centres.map(|(left, middle)| Rect {
+        left,
+        top: middle - half,
+        right: left + width,
+        bottom: middle + half,
+    })
 }

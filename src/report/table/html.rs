@@ -106,6 +106,6 @@ mod tests {
             assert_eq!(columns, 4);
         }
         assert!(html.contains("answer &lt;&amp;&gt;"));
-        assert!(html.contains("0.592\u{2007}") || html.contains(">0.592<"));
+        assert!(html.contains("<td class=\"n\">0.592</td>"), "{html}");
     }
 }
