@@ -4,14 +4,12 @@
 //! (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
 use super::block::{BLOCK_ROWS_MAX, Block};
-use super::simd::{Simd, prefetch, soft_cap};
+use super::simd::{LANES_MAX, Simd, prefetch, soft_cap};
 use super::tile::{Weighted, score_tile, value_tile};
 use crate::{AttendParams, KvElem};
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Most lanes of any [`Simd`].
-pub(super) const LANES_MAX: usize = 16;
 
 /// Part of a group that is kept in registers at once, and what has been summed for it so far.
 pub(super) struct HeadBlock<'a> {

@@ -9,7 +9,7 @@
     reason = "the loops over rows, heads and chunks unroll into registers; indices say which, iterators would hide it"
 )]
 
-use super::simd::Simd;
+use super::simd::{LANES_MAX, Simd};
 use crate::KvElem;
 
 /// One chunk of `head_dim` elements: the part from `at` on, zeros after the last.
@@ -58,7 +58,13 @@ pub(super) unsafe fn score_tile<S: Simd, E: KvElem, const H: usize, const HP: us
                 }
             }
         }
-        S::reduce(|i| if i % HP < H { sums[i / HP][i % HP] } else { S::splat(0.0) })
+        let mut parts = [S::splat(0.0); LANES_MAX];
+        for t in 0..T {
+            for h in 0..H {
+                parts[t * HP + h] = sums[t][h];
+            }
+        }
+        S::reduce(&parts)
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::attend_block::{BlockInput, HeadBlock, LANES_MAX};
+use super::attend_block::{BlockInput, HeadBlock};
 use super::block::{BLOCK_ROWS_MAX, Block, Blocks};
 use super::entry::{Entry, padded_heads};
 use super::scratch::VectorScratch;
-use super::simd::packed_place;
+use super::simd::{LANES_MAX, packed_place};
 use crate::{Attend, KernelError, KvElem, KvRows, Rows, StateMut};
 
 /// How a group is divided into parts of nearly equal size, each at most `HEADS_MAX`.
