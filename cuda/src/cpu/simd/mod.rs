@@ -98,11 +98,8 @@ pub(crate) fn prefetch<T>(p: *const T) {
     let _ = p;
 }
 
-/// Place of dimension `i` in a packed f32 vector: within each chunk of `chunk` elements, `E`'s lane order.
-pub(crate) fn packed_place<E: KvElem>(i: usize, chunk: usize) -> usize {
-    if !E::INTERLEAVED {
-        return i;
-    }
-    let within = i % chunk;
-    i - within + within % 2 * (chunk / 2) + within / 2
+/// Place of element `i` of a chunk of `chunk` elements in `E`'s lane order.
+#[inline(always)]
+pub(crate) fn place_in_chunk<E: KvElem>(i: usize, chunk: usize) -> usize {
+    if E::INTERLEAVED { i % 2 * (chunk / 2) + i / 2 } else { i }
 }
