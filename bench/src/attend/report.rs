@@ -57,7 +57,7 @@ pub fn print(bounds: &[Bounds], rows: &[Row]) -> anyhow::Result<()> {
         "error"
     )?;
     for r in rows {
-        let spread = format!("{:.0}..{:.0}", r.spread.p10_us, r.spread.p90_us);
+        let spread = format!("{:.1}..{:.0}", r.spread.p10_us, r.spread.p90_us);
         let compute = r.compute_bound_gb_s.map_or("-".to_owned(), |bound| format!("{bound:.1}"));
         writeln!(
             to,

@@ -4,14 +4,9 @@
 //! (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
 use super::block::{BLOCK_ROWS_MAX, Block};
-use super::simd::{Simd, prefetch, soft_cap};
+use super::simd::{LANES_MAX, Simd, soft_cap};
 use super::tile::{Weighted, score_tile, value_tile};
 use crate::{AttendParams, KvElem};
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-/// Most lanes of any [`Simd`].
-pub(super) const LANES_MAX: usize = 16;
 
 /// Part of a group that is kept in registers at once, and what has been summed for it so far.
 pub(super) struct HeadBlock<'a> {
@@ -33,8 +28,8 @@ pub(super) struct HeadBlock<'a> {
 pub(super) struct BlockInput<'a, E> {
     /// Rows to read now; at least one.
     pub block: &'a Block<'a, E>,
-    /// Rows to prefetch meanwhile; empty for all but the first head block.
-    pub next: &'a [&'a [E]],
+    /// Rows to prefetch meanwhile, as many as a block can have.
+    pub next: &'a [&'a [E]; BLOCK_ROWS_MAX],
     /// Dimensions of a head.
     pub head_dim: usize,
     /// Scale and softcap.
@@ -58,16 +53,13 @@ pub(super) unsafe fn score_block<S: Simd, E: KvElem, const H: usize, const HP: u
     unsafe {
         let (scale, limit) = (S::splat(input.params.scale), S::splat(f32::MAX));
         for (tile, keys) in rows.chunks_exact(T).enumerate() {
-            for ahead in input.next.iter().skip(tile * T).take(T) {
-                for line in (0..size_of_val(*ahead)).step_by(LINE) {
-                    prefetch(ahead.as_ptr().cast::<u8>().wrapping_add(line));
-                }
-            }
             let mut places = [std::ptr::null(); T];
+            let mut ahead = [std::ptr::null(); T];
             for t in 0..T {
                 places[t] = keys[t].as_ptr();
+                ahead[t] = input.next[tile * T + t].as_ptr();
             }
-            let dots = score_tile::<S, E, H, HP, T>(q, places, input.head_dim);
+            let dots = score_tile::<S, E, H, HP, T>(q, places, ahead, input.head_dim);
             let mut scores = S::mul(dots, scale);
             if let Some(cap) = input.params.softcap {
                 scores = soft_cap::<S>(scores, cap);
@@ -127,7 +119,7 @@ pub(super) unsafe fn attend_block<
         S::store(factors.as_mut_ptr(), factor);
 
         let rows = &input.block.padded()[..input.block.len()];
-        let from = Weighted { rows, weights, head_dim: input.head_dim };
+        let from = Weighted { rows, ahead: input.next, weights, head_dim: input.head_dim };
         let sums = heads.sums.as_mut_ptr();
         let mut at = 0;
         while at + C * S::CHUNK <= input.head_dim {

@@ -34,6 +34,11 @@ impl<'a, E> Block<'a, E> {
         self.row_len
     }
 
+    /// All places, also of rows that do not count: what to prefetch.
+    pub fn places(&self) -> &[&'a [E]; BLOCK_ROWS_MAX] {
+        &self.rows
+    }
+
     /// The rows that count, then the last of them again up to a multiple of [`TILE_ROWS_MAX`]; none if there are none.
     pub fn padded(&self) -> &[&'a [E]] {
         &self.rows[..self.num.next_multiple_of(TILE_ROWS_MAX)]
@@ -84,7 +89,7 @@ impl<'a, 'w, R: KvRows> Blocks<'a, 'w, R> {
             }
         }
         if let Some(&last) = block.rows[..num].last() {
-            block.rows[num..num.next_multiple_of(TILE_ROWS_MAX)].fill(last);
+            block.rows[num..self.block_rows].fill(last);
         }
         block.num = num;
         block.row_len = self.row_len;

@@ -9,8 +9,11 @@
     reason = "the loops over rows, heads and chunks unroll into registers; indices say which, iterators would hide it"
 )]
 
-use super::simd::Simd;
+use super::simd::{LANES_MAX, Simd, prefetch};
 use crate::KvElem;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// One chunk of `head_dim` elements: the part from `at` on, zeros after the last.
 ///
@@ -28,6 +31,14 @@ unsafe fn load_at<S: Simd, E: KvElem>(p: *const E, at: usize, head_dim: usize) -
     }
 }
 
+/// Asks for the lines of one chunk.
+#[inline(always)]
+fn prefetch_chunk<S: Simd, E>(p: *const E) {
+    for line in (0..S::CHUNK * size_of::<E>()).step_by(LINE) {
+        prefetch(p.cast::<u8>().wrapping_add(line));
+    }
+}
+
 /// Scores `q.k` of `T` rows and `H` heads, [T, HP] in lane order; the padding heads are zero.
 ///
 /// # Safety
@@ -38,6 +49,7 @@ unsafe fn load_at<S: Simd, E: KvElem>(p: *const E, at: usize, head_dim: usize) -
 pub(super) unsafe fn score_tile<S: Simd, E: KvElem, const H: usize, const HP: usize, const T: usize>(
     q: *const f32,
     keys: [*const E; T],
+    ahead: [*const E; T],
     head_dim: usize,
 ) -> S::V {
     let padded = head_dim.next_multiple_of(S::CHUNK);
@@ -48,6 +60,7 @@ pub(super) unsafe fn score_tile<S: Simd, E: KvElem, const H: usize, const HP: us
             let mut k = [[S::splat(0.0); 2]; T];
             for t in 0..T {
                 k[t] = load_at::<S, E>(keys[t], at, head_dim);
+                prefetch_chunk::<S, E>(ahead[t].wrapping_add(at));
             }
             for h in 0..H {
                 let q = q.add(h * padded + at);
@@ -58,7 +71,13 @@ pub(super) unsafe fn score_tile<S: Simd, E: KvElem, const H: usize, const HP: us
                 }
             }
         }
-        S::reduce(|i| if i % HP < H { sums[i / HP][i % HP] } else { S::splat(0.0) })
+        let mut parts = [S::splat(0.0); LANES_MAX];
+        for t in 0..T {
+            for h in 0..H {
+                parts[t * HP + h] = sums[t][h];
+            }
+        }
+        S::reduce(&parts)
     }
 }
 
@@ -67,6 +86,8 @@ pub(super) unsafe fn score_tile<S: Simd, E: KvElem, const H: usize, const HP: us
 pub(super) struct Weighted<'a, E> {
     /// The rows, each [2, head_dim]; only the value is read.
     pub rows: &'a [&'a [E]],
+    /// Rows to prefetch, at least as many.
+    pub ahead: &'a [&'a [E]],
     /// f32 [rows.len(), HP].
     pub weights: *const f32,
     /// Elements of a value.
@@ -98,11 +119,13 @@ pub(super) unsafe fn value_tile<S: Simd, E: KvElem, const H: usize, const HP: us
                 tile[h][c] = [S::mul(S::load(p), factor), S::mul(S::load(p.add(S::LANES)), factor)];
             }
         }
-        for (t, row) in from.rows.iter().enumerate() {
+        for (t, (row, ahead)) in from.rows.iter().zip(from.ahead).enumerate() {
             let value = row.as_ptr().add(d);
+            let ahead = ahead.as_ptr().wrapping_add(d);
             let mut v = [[S::splat(0.0); 2]; C];
             for c in 0..C {
                 v[c] = load_at::<S, E>(value, at + c * S::CHUNK, d);
+                prefetch_chunk::<S, E>(ahead.wrapping_add(at + c * S::CHUNK));
             }
             for h in 0..H {
                 let weight = S::splat(*from.weights.add(t * HP + h));

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::attend_block::{BlockInput, HeadBlock, LANES_MAX};
+use super::attend_block::{BlockInput, HeadBlock};
 use super::block::{BLOCK_ROWS_MAX, Block, Blocks};
 use super::entry::{Entry, padded_heads};
 use super::scratch::VectorScratch;
-use super::simd::packed_place;
+use super::simd::{LANES_MAX, place_in_chunk};
 use crate::{Attend, KernelError, KvElem, KvRows, Rows, StateMut};
 
 /// How a group is divided into parts of nearly equal size, each at most `HEADS_MAX`.
@@ -32,8 +32,10 @@ fn pack_queries<E: KvElem>(q: &[f32], head_dim: usize, chunk: usize, packed: &mu
     packed.fill(0.0);
     for (q, packed) in q.chunks_exact(head_dim).zip(packed.chunks_exact_mut(head_dim.next_multiple_of(chunk)))
     {
-        for (i, &x) in q.iter().enumerate() {
-            packed[packed_place::<E>(i, chunk)] = x;
+        for (q, packed) in q.chunks(chunk).zip(packed.chunks_exact_mut(chunk)) {
+            for (i, &x) in q.iter().enumerate() {
+                packed[place_in_chunk::<E>(i, chunk)] = x;
+            }
         }
     }
 }
@@ -73,7 +75,8 @@ pub(super) fn sparse_decode<A: Entry, R: KvRows>(
         for (i, softmax) in softmax.iter_mut().enumerate() {
             let part = plan.part(i);
             let span = part.start * padded..part.end * padded;
-            let ahead: &[&[R::Elem]] = if i == 0 { next.padded() } else { &[] };
+            // Only the first pass over the block brings in the next one.
+            let ahead = if i == 0 { next.places() } else { block.places() };
             let input = BlockInput { block: &block, next: ahead, head_dim: d, params: attend.params };
             let mut heads = HeadBlock {
                 num: part.len(),
@@ -98,8 +101,11 @@ pub(super) fn sparse_decode<A: Entry, R: KvRows>(
                 continue;
             }
             let sums = &sums[h * padded..(h + 1) * padded];
-            for (k, x) in out.iter_mut().enumerate() {
-                *x = sums[packed_place::<R::Elem>(k, A::CHUNK)] / norm;
+            let inverse = 1.0 / norm;
+            for (out, sums) in out.chunks_mut(A::CHUNK).zip(sums.chunks_exact(A::CHUNK)) {
+                for (i, x) in out.iter_mut().enumerate() {
+                    *x = sums[place_in_chunk::<R::Elem>(i, A::CHUNK)] * inverse;
+                }
             }
             state.lse[h] = softmax.max[lane] + norm.ln();
         }
@@ -132,7 +138,7 @@ pub(super) fn score_rows<A: Entry, R: KvRows>(
         blocks.next_into(&mut next)?;
         for i in 0..plan.num_parts {
             let part = plan.part(i);
-            let input = BlockInput { block: &block, next: &[], head_dim: d, params: attend.params };
+            let input = BlockInput { block: &block, next: next.places(), head_dim: d, params: attend.params };
             entry.score(&input, &q[part.start * padded..part.end * padded], weights);
             let stride = padded_heads(part.len());
             for (lane, h) in part.enumerate() {

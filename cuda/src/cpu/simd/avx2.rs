@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{LANES_MAX, Simd};
 use crate::KvElem;
 
 /// AVX2, FMA, F16C.
@@ -105,18 +105,9 @@ impl Simd for Avx2Ops {
     }
 
     #[inline(always)]
-    unsafe fn reduce(part: impl Fn(usize) -> __m256) -> __m256 {
+    unsafe fn reduce(p: &[__m256; LANES_MAX]) -> __m256 {
         op! {
-            let pair = |i: usize| {
-                let (a, b) = (part(i), part(i + 1));
-                _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b))
-            };
-            let four = |i: usize| {
-                let (a, b) = (_mm256_castps_pd(pair(i)), _mm256_castps_pd(pair(i + 2)));
-                let (low, high) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
-                _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high))
-            };
-            let (a, b) = (four(0), four(4));
+            let (a, b) = (four(p[0], p[1], p[2], p[3]), four(p[4], p[5], p[6], p[7]));
             _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
         }
     }
@@ -146,5 +137,16 @@ impl Simd for Avx2Ops {
     #[inline(always)]
     unsafe fn load_chunk_part<E: KvElem>(p: *const E, len: usize) -> [__m256; 2] {
         op!(E::load_256_part(p, len))
+    }
+}
+
+/// Four registers to one: in each 128-bit part, lane `i` is the sum of that part of register `i`.
+#[inline(always)]
+unsafe fn four(a: __m256, b: __m256, c: __m256, d: __m256) -> __m256 {
+    op! {
+        let ab = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+        let cd = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+        let (low, high) = (_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
+        _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high))
     }
 }

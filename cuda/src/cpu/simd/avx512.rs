@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{LANES_MAX, Simd};
 use crate::KvElem;
 
 /// AVX-512 F, BW, DQ, VL.
@@ -98,21 +98,11 @@ impl Simd for Avx512Ops {
 
     /// Three operations a sum: each step interleaves pairs of registers and adds the two halves.
     #[inline(always)]
-    unsafe fn reduce(part: impl Fn(usize) -> __m512) -> __m512 {
+    unsafe fn reduce(p: &[__m512; LANES_MAX]) -> __m512 {
         op! {
-            let pair = |i: usize| {
-                let (a, b) = (part(i), part(i + 1));
-                _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
-            };
-            let four = |i: usize| {
-                let (a, b) = (_mm512_castps_pd(pair(i)), _mm512_castps_pd(pair(i + 2)));
-                let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-                _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
-            };
-            let fold = |a: __m512, b: __m512| {
-                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
-            };
-            fold(fold(four(0), four(4)), fold(four(8), four(12)))
+            let low = fold(four(p[0], p[1], p[2], p[3]), four(p[4], p[5], p[6], p[7]));
+            let high = fold(four(p[8], p[9], p[10], p[11]), four(p[12], p[13], p[14], p[15]));
+            fold(low, high)
         }
     }
 
@@ -145,4 +135,21 @@ impl Simd for Avx512Ops {
     unsafe fn load_chunk_part<E: KvElem>(p: *const E, len: usize) -> [__m512; 2] {
         op!(E::load_512_part(p, len))
     }
+}
+
+/// Four registers to one: in each 128-bit part, lane `i` is the sum of that part of register `i`.
+#[inline(always)]
+unsafe fn four(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    op! {
+        let ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        let cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+        _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+    }
+}
+
+/// Two registers to one: neighbouring 128-bit parts are added.
+#[inline(always)]
+unsafe fn fold(a: __m512, b: __m512) -> __m512 {
+    op!(_mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)))
 }

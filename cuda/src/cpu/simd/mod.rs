@@ -25,6 +25,9 @@ pub use lanes_none::Lanes;
 
 use crate::KvElem;
 
+/// Most lanes of any [`Simd`].
+pub(crate) const LANES_MAX: usize = 16;
+
 /// Vectors of f32 and what can be done with them.
 ///
 /// # Safety
@@ -63,8 +66,8 @@ pub(crate) trait Simd {
     unsafe fn round(a: Self::V) -> Self::V;
     /// `p * 2^n` for `p` in [1/2, 2] and an integer `n` in [-151, 0].
     unsafe fn scale_by_power(p: Self::V, n: Self::V) -> Self::V;
-    /// The lane sums of `LANES` registers, the sum of `part(i)` in lane `i`.
-    unsafe fn reduce(part: impl Fn(usize) -> Self::V) -> Self::V;
+    /// The sum over the lanes of each of the first `LANES` of `parts`, that of part `i` in lane `i`.
+    unsafe fn reduce(parts: &[Self::V; LANES_MAX]) -> Self::V;
     /// In every lane, the maximum over the lanes whose number is the same modulo `PERIOD` (a power of two).
     unsafe fn fold_max<const PERIOD: usize>(v: Self::V) -> Self::V;
     /// `CHUNK` elements as f32, in the lane order of [`Lanes::INTERLEAVED`].
@@ -95,11 +98,8 @@ pub(crate) fn prefetch<T>(p: *const T) {
     let _ = p;
 }
 
-/// Place of dimension `i` in a packed f32 vector: within each chunk of `chunk` elements, `E`'s lane order.
-pub(crate) fn packed_place<E: KvElem>(i: usize, chunk: usize) -> usize {
-    if !E::INTERLEAVED {
-        return i;
-    }
-    let within = i % chunk;
-    i - within + within % 2 * (chunk / 2) + within / 2
+/// Place of element `i` of a chunk of `chunk` elements in `E`'s lane order.
+#[inline(always)]
+pub(crate) fn place_in_chunk<E: KvElem>(i: usize, chunk: usize) -> usize {
+    if E::INTERLEAVED { i % 2 * (chunk / 2) + i / 2 } else { i }
 }
