@@ -6,6 +6,7 @@ mod error;
 mod found;
 mod index;
 mod scratch;
+pub mod simd;
 
 pub use error::{Field, IndexError};
 pub use found::Found;
