@@ -5,10 +5,12 @@
 mod error;
 mod found;
 mod index;
+mod rotate;
 mod scratch;
 pub mod simd;
 
 pub use error::{Field, IndexError};
 pub use found::Found;
 pub use index::{Batch, Hit, KeyId, KeyIndex, MemoryReport, Query, SearchParams, Tail, TailOut, Unit};
+pub use rotate::{DIM_MAX, Rotation};
 pub use scratch::Scratch;
