@@ -8,6 +8,7 @@ mod index;
 mod rotate;
 mod scratch;
 pub mod simd;
+pub mod sketch;
 
 pub use error::{Field, IndexError};
 pub use found::Found;
