@@ -2,6 +2,7 @@
 
 use crate::blocks::LANES;
 use crate::index::Hit;
+use crate::simd::dense;
 
 /// Level of a part whose entries are young tokens.
 pub(crate) const YOUNG: u8 = u8::MAX;
@@ -103,6 +104,11 @@ impl Frontier {
     pub fn logits_of(&self, part: usize) -> &[f32] {
         let size = self.group * LANES;
         &self.logits[part * size..(part + 1) * size]
+    }
+
+    /// A part as the kernels read it.
+    pub fn part(&self, part: usize) -> dense::Part<'_> {
+        dense::Part { logits: self.logits_of(part), rest: self.rest_of(part) }
     }
 
     /// Remaining tokens `[16]` of a part.

@@ -14,9 +14,11 @@ mod idmap;
 mod index;
 mod pages;
 mod quant;
+mod rotate;
 mod scratch;
 mod search;
-mod simd;
+pub mod simd;
+pub mod sketch;
 mod topk;
 
 pub use dci::Dci;
@@ -26,4 +28,5 @@ pub use found::Found;
 pub use index::{
     Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
 };
+pub use rotate::{DIM_MAX, Rotation};
 pub use scratch::Scratch;

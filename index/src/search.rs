@@ -3,12 +3,13 @@
 use crate::blocks::{Blocks, LANES};
 use crate::check;
 use crate::error::IndexError;
-use crate::found::{Found, Part, YOUNG};
+use crate::found::{Found, Frontier, Part, YOUNG};
 use crate::idmap::Place;
 use crate::index::{Hit, KeyId, Query, SearchParams, Tail, TailOut};
 use crate::pages::Pages;
 use crate::scratch::{Hidden, Scratch};
 use crate::simd::Isa;
+use crate::simd::dense;
 use crate::topk::Ranked;
 
 /// Summary weights below this share of the largest one do not move the tail's value: 2^24 such summaries together
@@ -105,7 +106,8 @@ impl Pass<'_> {
         let at = frontier.push(part);
         let size = frontier.group * LANES;
         let block = part.block as usize;
-        self.isa.logits(
+        dense::logits(
+            self.isa,
             blocks.block_keys(block),
             &blocks.key_scale[Blocks::entries(block)],
             &self.scratch.quant,
@@ -119,8 +121,8 @@ impl Pass<'_> {
 
     /// Log normaliser of each head over everything scored.
     pub fn normalise(&mut self) {
-        let Scratch { norm, sums, weights, .. } = &mut *self.scratch;
-        log_mass(self.isa, self.found, norm, Sums { sums, weights });
+        let Scratch { norm, sums, .. } = &mut *self.scratch;
+        log_mass(self.isa, &self.found.frontier, norm, sums);
     }
 
     /// Ranks the candidates and takes tokens until the budget is full.
@@ -128,23 +130,18 @@ impl Pass<'_> {
         let Scratch { top, norm, .. } = &mut *self.scratch;
         let frontier = &mut self.found.frontier;
         top.start(params.budget);
+        let mut best = [0.0f32; LANES];
         for part in 0..frontier.candidates {
-            let logits = &frontier.logits[part * frontier.group * LANES..][..frontier.group * LANES];
-            let rest = &frontier.rest[part * LANES..][..LANES];
-            let mut best = [f32::NEG_INFINITY; LANES];
-            for (row, norm) in logits.chunks_exact(LANES).zip(norm.iter()) {
-                for (b, &l) in best.iter_mut().zip(row) {
-                    *b = b.max(l - norm);
-                }
-            }
-            for (lane, (&score, &tokens)) in best.iter().zip(rest).enumerate() {
-                if tokens > 0.0 {
-                    let place = (part * LANES + lane) as u32;
-                    top.offer(Ranked { score, place, tokens: tokens as u32 });
-                }
+            let mut lanes = dense::rank(self.isa, frontier.part(part), norm, top.threshold, &mut best);
+            while lanes != 0 {
+                let lane = lanes.trailing_zeros() as usize;
+                lanes &= lanes - 1;
+                let place = part * LANES + lane;
+                let tokens = frontier.rest[place] as u32;
+                top.offer(Ranked { score: best[lane], place: place as u32, tokens });
             }
             if frontier.parts[part].level == 0 {
-                self.found.pages_opened += rest.iter().filter(|&&r| r > 0.0).count();
+                self.found.pages_opened += LANES;
             }
         }
         for item in top.finish() {
@@ -194,51 +191,17 @@ fn hide(pages: &Pages, exclude: &[KeyId], scratch: &mut Scratch) {
     });
 }
 
-/// Buffers of `log_mass`, `[group, 16]` each.
-struct Sums<'a> {
-    sums: &'a mut Vec<f32>,
-    weights: &'a mut Vec<f32>,
-}
-
-/// `norm[h] = ln sum rest exp(logit)` over all parts; -inf where nothing is left.
-fn log_mass(isa: Isa, found: &Found, norm: &mut Vec<f32>, buffers: Sums<'_>) {
-    let frontier = &found.frontier;
-    let group = frontier.group;
-    largest(found, norm);
-    buffers.sums.clear();
-    buffers.sums.resize(group * LANES, 0.0);
-    buffers.weights.clear();
-    buffers.weights.resize(LANES, 0.0);
-    for part in 0..frontier.parts.len() {
-        let rest = frontier.rest_of(part);
-        for (h, row) in frontier.logits_of(part).chunks_exact(LANES).enumerate() {
-            isa.weigh(row, rest, norm[h], buffers.weights);
-            let sums = &mut buffers.sums[h * LANES..(h + 1) * LANES];
-            for (s, &w) in sums.iter_mut().zip(buffers.weights.iter()) {
-                *s += w;
-            }
-        }
-    }
-    for (n, sums) in norm.iter_mut().zip(buffers.sums.chunks_exact(LANES)) {
+/// `norm[h] = ln sum rest exp(logit)` over all parts; -inf where nothing is left. `sums` is working memory.
+fn log_mass(isa: Isa, frontier: &Frontier, norm: &mut Vec<f32>, sums: &mut Vec<f32>) {
+    norm.clear();
+    norm.resize(frontier.group, f32::NEG_INFINITY);
+    dense::maxima(isa, &frontier.logits, &frontier.rest, norm);
+    sums.clear();
+    sums.resize(frontier.group * LANES, 0.0);
+    dense::masses(isa, &frontier.logits, &frontier.rest, norm, sums);
+    for (n, sums) in norm.iter_mut().zip(sums.chunks_exact(LANES)) {
         let sum: f64 = sums.iter().map(|&s| f64::from(s)).sum();
         *n += sum.ln() as f32;
-    }
-}
-
-/// Largest logit of each head over entries that still stand for something; -inf where there is none.
-fn largest(found: &Found, max: &mut Vec<f32>) {
-    let frontier = &found.frontier;
-    max.clear();
-    max.resize(frontier.group, f32::NEG_INFINITY);
-    for part in 0..frontier.parts.len() {
-        let rest = frontier.rest_of(part);
-        for (m, row) in max.iter_mut().zip(frontier.logits_of(part).chunks_exact(LANES)) {
-            for (&l, &r) in row.iter().zip(rest) {
-                if r > 0.0 && l > *m {
-                    *m = l;
-                }
-            }
-        }
     }
 }
 
@@ -263,27 +226,22 @@ pub(crate) fn tail<'p>(
         return Ok(());
     }
     let Scratch { norm, sums, weights, .. } = scratch;
-    log_mass(isa, found, norm, Sums { sums, weights });
+    log_mass(isa, frontier, norm, sums);
     weights.resize(group * LANES, 0.0);
     for (at, part) in frontier.parts.iter().enumerate() {
-        let blocks = level(part.level);
-        let block = part.block as usize;
-        let rest = frontier.rest_of(at);
-        for ((row, norm), w) in
-            frontier.logits_of(at).chunks_exact(LANES).zip(norm.iter()).zip(weights.chunks_exact_mut(LANES))
-        {
-            isa.weigh(row, rest, *norm, w);
-        }
-        if weights.iter().all(|&w| w < WEIGHT_MIN) {
+        let largest = dense::weigh(isa, frontier.part(at), norm, weights);
+        if largest < WEIGHT_MIN {
             continue;
         }
+        let blocks = level(part.level);
+        let block = part.block as usize;
         let scales = &blocks.value_scale[Blocks::entries(block)];
         for w in weights.chunks_exact_mut(LANES) {
             for (w, &s) in w.iter_mut().zip(scales) {
                 *w *= s;
             }
         }
-        isa.accumulate(blocks.block_values(block), weights, state.out);
+        dense::accumulate(isa, blocks.block_values(block), weights, state.out);
     }
     pages.frame.value_out(state.out);
     for (h, (lse, &norm)) in state.lse.iter_mut().zip(norm.iter()).enumerate() {

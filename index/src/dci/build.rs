@@ -2,12 +2,19 @@
 
 use super::Dci;
 use super::bisect::{Rows, bisect};
+use super::codebook::{Codebook, Codes};
+use super::refine::{self, Pack};
 use crate::blocks::{Blocks, LANES};
 use crate::index::Batch;
 use crate::pages::Members;
+use crate::simd::Isa;
 
 /// Children that a node gets at build: room for two more before it has to be split.
 const NODE_FILL: usize = 14;
+/// Refinement rounds.
+const ROUNDS: usize = 3;
+/// Neighbouring super-nodes whose pages a token may join.
+const NEARBY: usize = 7;
 
 impl Dci {
     /// Builds from a checked batch into an empty index.
@@ -17,19 +24,26 @@ impl Dci {
         self.pages.frame.settle(batch.keys, batch.values);
         let mut keys = vec![0.0f32; n * dim];
         self.pages.frame.key_in(batch.keys, &mut keys);
-        let (order, sizes) = bisect(Rows { data: &keys, dim }, LANES);
-        let page_means = means(Rows { data: &keys, dim }, &order, &sizes);
-        let starts = starts(&sizes);
-        let (page_order, block_sizes) = bisect(Rows { data: &page_means, dim }, NODE_FILL);
-        self.pages.blocks.add_blocks(block_sizes.len());
-        let mut rows = vec![0.0f32; 3 * LANES * dim];
+        let rows = Rows { data: &keys, dim };
+        let (order, sizes) = bisect(rows, LANES);
+        let mut pack = Pack { members: leaves(&order, &sizes), blocks: Vec::new() };
+        regroup(rows, &mut pack);
+        let mut codes = Codes::new(n, dim);
+        for (i, row) in keys.chunks_exact(dim).enumerate() {
+            codes.set(i, row);
+        }
+        for _ in 0..ROUNDS {
+            let nearby = nearby(self.isa, rows, &pack);
+            refine::round(self.isa, rows, &codes, &mut pack, &nearby);
+            regroup(rows, &mut pack);
+        }
+        self.pages.blocks.add_blocks(pack.blocks.len());
+        let mut buffer = vec![0.0f32; 3 * LANES * dim];
         let mut ids = [0u32; LANES];
-        let mut at = 0;
-        for (block, &size) in block_sizes.iter().enumerate() {
-            for (lane, &page) in page_order[at..at + size as usize].iter().enumerate() {
-                let page = page as usize;
-                let members = &order[starts[page]..starts[page] + sizes[page] as usize];
-                let (key_rows, rest) = rows.split_at_mut(LANES * dim);
+        for (block, pages) in pack.blocks.iter().enumerate() {
+            for (lane, &page) in pages.iter().enumerate() {
+                let members = &pack.members[page as usize];
+                let (key_rows, rest) = buffer.split_at_mut(LANES * dim);
                 let (value_rows, raw) = rest.split_at_mut(LANES * dim);
                 let m = members.len() * dim;
                 for (i, &token) in members.iter().enumerate() {
@@ -43,7 +57,6 @@ impl Dci {
                     Members { ids: &ids[..members.len()], keys: &key_rows[..m], values: &value_rows[..m] };
                 self.pages.seal(block * LANES + lane, members);
             }
-            at += size as usize;
         }
         self.tree.track(0, self.pages.blocks.num_blocks());
         self.raise_tree();
@@ -71,24 +84,58 @@ impl Dci {
     }
 }
 
-fn starts(sizes: &[u32]) -> Vec<usize> {
-    let mut at = 0;
-    sizes.iter().map(|&s| (at, at += s as usize).0).collect()
+/// The leaves of an order.
+fn leaves(order: &[u32], sizes: &[u32]) -> Vec<Vec<u32>> {
+    let mut rest = order;
+    let take = |&size: &u32| {
+        let (leaf, after) = rest.split_at(size as usize);
+        rest = after;
+        leaf.to_vec()
+    };
+    sizes.iter().map(take).collect()
 }
 
-/// Mean row of each leaf, `[leaves, dim]`.
-fn means(rows: Rows<'_>, order: &[u32], sizes: &[u32]) -> Vec<f32> {
-    let mut out = vec![0.0f32; sizes.len() * rows.dim];
-    let mut at = 0;
-    for (mean, &size) in out.chunks_exact_mut(rows.dim).zip(sizes) {
-        for &i in &order[at..at + size as usize] {
-            for (m, &x) in mean.iter_mut().zip(rows.row(i)) {
-                *m += x / size as f32;
+/// Groups the pages into blocks by their means.
+fn regroup(rows: Rows<'_>, pack: &mut Pack) {
+    let means = refine::page_means(rows, pack);
+    let (order, sizes) = bisect(Rows { data: &means, dim: rows.dim }, NODE_FILL);
+    pack.blocks = leaves(&order, &sizes);
+}
+
+/// The blocks nearest to each block by the means of their pages' means, itself left out.
+fn nearby(isa: Isa, rows: Rows<'_>, pack: &Pack) -> Vec<Vec<u32>> {
+    let dim = rows.dim;
+    let means = refine::page_means(rows, pack);
+    let num = pack.blocks.len();
+    let mut book = Codebook::new(num.div_ceil(LANES), dim);
+    let mut points = Codes::new(num, dim);
+    let mut mean = vec![0.0f32; dim];
+    for (block, pages) in pack.blocks.iter().enumerate() {
+        mean.fill(0.0);
+        for &page in pages {
+            for (m, &x) in mean.iter_mut().zip(&means[page as usize * dim..]) {
+                *m += x / pages.len() as f32;
             }
         }
-        at += size as usize;
+        book.set(block, &mean);
+        points.set(block, &mean);
     }
-    out
+    let mut near: Vec<Vec<(f32, u32)>> = vec![Vec::new(); num];
+    let mut dots = Vec::new();
+    for block in 0..book.num_blocks() {
+        book.visit(isa, block, &points, &mut dots, |i, close| {
+            near[i].extend(close.iter().enumerate().map(|(lane, &c)| (c, (block * LANES + lane) as u32)));
+        });
+    }
+    near.into_iter()
+        .enumerate()
+        .map(|(i, mut near)| {
+            near.retain(|x| x.1 as usize != i && (x.1 as usize) < num);
+            near.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            near.truncate(NEARBY);
+            near.into_iter().map(|x| x.1).collect()
+        })
+        .collect()
 }
 
 /// Mean key of the live entries of every block, `[blocks, dim]`.

@@ -5,7 +5,9 @@
 
 mod bisect;
 mod build;
+mod codebook;
 mod insert;
+mod refine;
 mod search;
 mod tree;
 

@@ -1,9 +1,7 @@
-//! The dense primitives of the index: logits of sixteen summaries, exponentials, weighted sums of values.
-//!
-//! One obvious scalar version and vector versions that give the same bits: dot products are integer, and floating-point
-//! steps are the same IEEE operations in the same order on every instruction set.
+//! Vector kernels: the only place of this crate that may hold `unsafe`. Safe functions that take an [`Isa`] dispatch to them.
 
+pub mod codes;
+pub(crate) mod dense;
 mod isa;
-mod scalar;
 
-pub(crate) use isa::Isa;
+pub use isa::{Avx2, Avx512, Isa};

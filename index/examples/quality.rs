@@ -1,0 +1,241 @@
+//! Error of the attention output on recorded traces: sinks, window and retrieved tokens exactly, the rest by the index's tail.
+//!
+//! `FLOE_TRACES=dir cargo run --release -p floe-index --example quality -- [name=value ...]` prints, for each trace and segment, the
+//! mean relative error and the kept mass by budget. Values: `stride` (every n-th query), `budgets`, `index`, `open`, `sketch`.
+#![allow(clippy::print_stdout, reason = "a report")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a tool for the bench: a bad file ends it")]
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use floe_index::sketch::SketchConfig;
+use floe_index::{Batch, Dci, Flat, Found, KeyIndex, Query, Scratch, SearchParams, Tail, TailOut, Unit};
+use rayon::prelude::*;
+
+const SINKS: usize = 16;
+const WINDOW: usize = 64;
+
+struct Trace {
+    dim: usize,
+    group: usize,
+    scale: f32,
+    first: usize,
+    until: usize,
+    segments: Vec<(String, usize, usize)>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    q: Vec<f32>,
+}
+
+fn load(path: &Path) -> Trace {
+    let bytes = std::fs::read(path).unwrap();
+    let size = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + size]).unwrap();
+    let tensor = |name: &str| -> Vec<f32> {
+        let at = |i: usize| header[name]["data_offsets"][i].as_u64().unwrap() as usize + 8 + size;
+        bytes[at(0)..at(1)]
+            .chunks_exact(2)
+            .map(|b| half::bf16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f32())
+            .collect()
+    };
+    let meta = |name: &str| header["__metadata__"][name].as_str().unwrap().to_string();
+    let number = |name: &str| meta(name).parse::<usize>().unwrap();
+    let segments: serde_json::Value = serde_json::from_str(&meta("segments")).unwrap();
+    let segments = segments
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, span)| {
+            (name.clone(), span[0].as_u64().unwrap() as usize, span[1].as_u64().unwrap() as usize)
+        })
+        .filter(|s| s.0 == "story" || s.0 == "answer")
+        .collect();
+    Trace {
+        dim: number("head_dim"),
+        group: number("num_q_heads") / number("num_kv_heads"),
+        scale: meta("softmax_scale").parse().unwrap(),
+        first: number("first_query_pos"),
+        until: number("index_until"),
+        segments,
+        k: tensor("k"),
+        v: tensor("v"),
+        q: tensor("q"),
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 16];
+    for (a, b) in a.chunks_exact(16).zip(b.chunks_exact(16)) {
+        for ((s, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *s += a * b;
+        }
+    }
+    sums.iter().sum()
+}
+
+/// Attention of one head over some tokens: output, lse.
+fn attend(trace: &Trace, q: &[f32], tokens: &mut dyn Iterator<Item = usize>) -> (Vec<f32>, f32) {
+    let dim = trace.dim;
+    let tokens: Vec<usize> = tokens.collect();
+    let logits: Vec<f32> =
+        tokens.iter().map(|&t| dot(q, &trace.k[t * dim..(t + 1) * dim]) * trace.scale).collect();
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut out = vec![0.0f32; dim];
+    let mut sum = 0.0f64;
+    for (&t, &l) in tokens.iter().zip(&logits) {
+        let w = (l - max).exp();
+        sum += f64::from(w);
+        for (o, &v) in out.iter_mut().zip(&trace.v[t * dim..(t + 1) * dim]) {
+            *o += w * v;
+        }
+    }
+    out.iter_mut().for_each(|o| *o /= sum as f32);
+    (out, max + sum.ln() as f32)
+}
+
+fn merge(a: (&[f32], f32), b: (&[f32], f32)) -> Vec<f32> {
+    let max = a.1.max(b.1);
+    let (wa, wb) = ((a.1 - max).exp(), (b.1 - max).exp());
+    a.0.iter().zip(b.0).map(|(x, y)| (wa * x + wb * y) / (wa + wb)).collect()
+}
+
+struct Options(HashMap<String, String>);
+
+impl Options {
+    fn get(&self, name: &str, default: &str) -> String {
+        self.0.get(name).cloned().unwrap_or_else(|| default.to_string())
+    }
+}
+
+fn main() {
+    let options = Options(
+        std::env::args()
+            .skip(1)
+            .filter_map(|a| a.split_once('=').map(|(k, v)| (k.into(), v.into())))
+            .collect(),
+    );
+    let Ok(dir) = std::env::var("FLOE_TRACES") else {
+        println!("FLOE_TRACES is not set: nothing to measure");
+        return;
+    };
+    let stride: usize = options.get("stride", "16").parse().unwrap();
+    let budgets: Vec<usize> =
+        options.get("budgets", "96,256,1024").split(',').map(|b| b.parse().unwrap()).collect();
+    let open: f32 = options.get("open", "1").parse().unwrap();
+    let sketch: SketchConfig = options.get("sketch", "off").parse().unwrap();
+    let unit = if options.get("unit", "page") == "page" { Unit::Page } else { Unit::Token };
+    let tail = match options.get("tail", "tree").as_str() {
+        "off" => Tail::Off,
+        "page" => Tail::Page,
+        _ => Tail::Tree,
+    };
+    let mut paths: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.retain(|p| p.extension().is_some_and(|e| e == "safetensors"));
+    paths.sort();
+    let mut average = vec![0.0f64; budgets.len()];
+    let mut cells = 0.0;
+    for path in paths {
+        let trace = load(&path);
+        let mut index: Box<dyn KeyIndex> = match options.get("index", "dci").as_str() {
+            "flat" => Box::new(Flat::new(trace.dim).unwrap()),
+            _ => Box::new(Dci::new(trace.dim).unwrap()),
+        };
+        let _ = sketch;
+        let batch = |from: usize, to: usize| {
+            let ids: Vec<u32> = (from as u32..to as u32).collect();
+            (ids, from * trace.dim..to * trace.dim)
+        };
+        let (ids, span) = batch(SINKS, trace.until);
+        let start = std::time::Instant::now();
+        index.build(&Batch { ids: &ids, keys: &trace.k[span.clone()], values: &trace.v[span] }).unwrap();
+        let build = start.elapsed().as_secs_f64() * 1e6 / ids.len() as f64;
+        let mut held = trace.until;
+        let num_queries = trace.q.len() / trace.group / trace.dim;
+        let mut sums: HashMap<String, (f64, Vec<[f64; 2]>)> = HashMap::new();
+        for step in (trace.first..trace.first + num_queries).step_by(16) {
+            while held + 16 <= step {
+                let (ids, span) = batch(held, held + 16);
+                index
+                    .insert(&Batch { ids: &ids, keys: &trace.k[span.clone()], values: &trace.v[span] })
+                    .unwrap();
+                held += 16;
+            }
+            let wanted: Vec<(usize, &String)> = (step..(step + 16).min(trace.first + num_queries))
+                .filter(|p| p % stride == 0 && *p >= trace.until)
+                .filter_map(|p| trace.segments.iter().find(|s| s.1 <= p && p < s.2).map(|s| (p, &s.0)))
+                .collect();
+            let results: Vec<_> = wanted
+                .par_iter()
+                .map(|&(p, segment)| {
+                    let size = trace.group * trace.dim;
+                    let q = &trace.q[(p - trace.first) * size..(p - trace.first + 1) * size];
+                    let query = Query { q, group: trace.group, scale: trace.scale };
+                    let exclude: Vec<u32> = ((p + 1 - WINDOW) as u32..=p as u32).collect();
+                    let full: Vec<_> =
+                        q.chunks_exact(trace.dim).map(|q| attend(&trace, q, &mut (0..=p))).collect();
+                    let mut scratch = Scratch::default();
+                    let mut found = Found::default();
+                    let cells: Vec<[f64; 2]> = budgets
+                        .iter()
+                        .map(|&budget| {
+                            let params = SearchParams {
+                                budget: budget - SINKS - WINDOW,
+                                unit,
+                                tail,
+                                node_budget: usize::MAX,
+                                open_fraction: open,
+                            };
+                            index.search(&query, &exclude, &params, &mut scratch, &mut found).unwrap();
+                            let mut out = vec![0.0; size];
+                            let mut lse = vec![0.0; trace.group];
+                            let state = TailOut { out: &mut out, lse: &mut lse };
+                            index.tail(&query, &exclude, &found, &mut scratch, state).unwrap();
+                            let mut cell = [0.0; 2];
+                            for (h, q) in q.chunks_exact(trace.dim).enumerate() {
+                                let window = (p + 1 - WINDOW)..=p;
+                                let retrieved = found.tokens.iter().map(|t| t.id as usize);
+                                let mut tokens = (0..SINKS).chain(window).chain(retrieved);
+                                let (exact, exact_lse) = attend(&trace, q, &mut tokens);
+                                let (o, o_lse) = &full[h];
+                                let row = &out[h * trace.dim..(h + 1) * trace.dim];
+                                let merged = merge((&exact, exact_lse), (row, lse[h]));
+                                let diff: f32 = merged.iter().zip(o).map(|(a, b)| (a - b) * (a - b)).sum();
+                                let norm: f32 = o.iter().map(|x| x * x).sum();
+                                cell[0] += f64::from((diff / norm).sqrt()) / trace.group as f64;
+                                cell[1] += f64::from((exact_lse - o_lse).exp()) / trace.group as f64;
+                            }
+                            cell
+                        })
+                        .collect();
+                    (segment.clone(), cells)
+                })
+                .collect();
+            for (segment, cells) in results {
+                let entry = sums.entry(segment).or_insert_with(|| (0.0, vec![[0.0; 2]; budgets.len()]));
+                entry.0 += 1.0;
+                for (sum, cell) in entry.1.iter_mut().zip(cells) {
+                    sum[0] += cell[0];
+                    sum[1] += cell[1];
+                }
+            }
+        }
+        let memory = index.memory();
+        let kv = index.len() * trace.dim * 4;
+        println!(
+            "{} build {build:.2} us/token, memory {:.1}% ({memory:?})",
+            path.file_stem().unwrap().to_string_lossy(),
+            100.0 * memory.total_bytes() as f64 / kv as f64
+        );
+        for (segment, ..) in &trace.segments {
+            let Some((n, cells)) = sums.get(segment) else { continue };
+            let row: Vec<String> = cells.iter().map(|c| format!("{:.3} {:.3}", c[0] / n, c[1] / n)).collect();
+            println!("  {segment:7} {n:4} queries: {}", row.join(" | "));
+            for (a, c) in average.iter_mut().zip(cells) {
+                *a += c[0] / n;
+            }
+        }
+        cells += trace.segments.len() as f64;
+    }
+    let row: Vec<String> = average.iter().map(|a| format!("{:.4}", a / cells)).collect();
+    println!("average error at {budgets:?}: {}", row.join(" "));
+}
