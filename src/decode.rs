@@ -36,16 +36,16 @@ pub(crate) struct Workspace {
 }
 
 /// Workspaces not in use. A stack rather than one per thread: a worker that waits inside the exact path may start on
-/// another head, which then needs a second workspace. Boxed, so that taking one moves a pointer.
+/// another head, which then needs a second workspace.
 #[derive(Default)]
-pub(crate) struct WorkspacePool(parking_lot::Mutex<Vec<Box<Workspace>>>);
+pub(crate) struct WorkspacePool(parking_lot::Mutex<Vec<Workspace>>);
 
 impl WorkspacePool {
-    fn take(&self) -> Box<Workspace> {
+    fn take(&self) -> Workspace {
         self.0.lock().pop().unwrap_or_default()
     }
 
-    fn put(&self, space: Box<Workspace>) {
+    fn put(&self, space: Workspace) {
         self.0.lock().push(space);
     }
 }
@@ -125,7 +125,9 @@ fn decode_shard(
     let selection = &mut space.selection;
     let mut select_bytes = 0;
     match path {
-        HeadPath::Exact | HeadPath::ExactWithinBudget | HeadPath::ExactDenseLayer => selection.reset(num_tokens, 0, 0),
+        HeadPath::Exact | HeadPath::ExactWithinBudget | HeadPath::ExactDenseLayer => {
+            selection.reset(num_tokens, 0, 0)
+        }
         HeadPath::Reuse => selection.reset(num_tokens, 0, matched.map_or(0, |m| m.covered)),
         HeadPath::Sparse => {
             let window = num_tokens.saturating_sub(config.window as u32).min(shard.published as u32);
@@ -145,7 +147,13 @@ fn decode_shard(
 
     // 7 attend
     if path == HeadPath::Sparse {
-        step.backend.attend_selection(&query, &shard.pages, selection, &mut space.attend, &mut space.state)?;
+        step.backend.attend_selection(
+            &query,
+            &shard.pages,
+            selection,
+            &mut space.attend,
+            &mut space.state,
+        )?;
     } else {
         let tokens = selection.window.clone();
         step.backend.attend_range(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;

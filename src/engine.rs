@@ -119,13 +119,20 @@ impl Engine {
     ///
     /// # Errors
     /// Unknown sequence or layer, a shape that does not fit the model, a key or value that is not finite.
-    pub fn prefill(&mut self, seq: SeqId, layer: LayerId, k: &TensorView<'_>, v: &TensorView<'_>) -> Result<()> {
+    pub fn prefill(
+        &mut self,
+        seq: SeqId,
+        layer: LayerId,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+    ) -> Result<()> {
         let heads = self.config.heads;
         let shape = [k.shape()[0], heads.num_kv_heads(), heads.head_dim()];
         check_rows(k, v, ("k", "v"), shape)?;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let num_layers = sequence.layers.len();
-        let shards = sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
+        let shards =
+            sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
         self.pool.install(|| prefill::append(shards, k, v))
     }
@@ -151,7 +158,12 @@ impl Engine {
                 check_finite(field, view)?;
             }
         }
-        check_rows(&step.k_new, &step.v_new, ("k_new", "v_new"), [1, heads.num_kv_heads(), heads.head_dim()])?;
+        check_rows(
+            &step.k_new,
+            &step.v_new,
+            ("k_new", "v_new"),
+            [1, heads.num_kv_heads(), heads.head_dim()],
+        )?;
         if out.len() != heads.num_q_heads() * heads.head_dim() {
             return Err(Error::shape("out", format!("{q_shape:?}"), format!("{} elements", out.len())));
         }
@@ -160,8 +172,10 @@ impl Engine {
         }
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let num_layers = sequence.layers.len();
-        let layer =
-            sequence.layers.get_mut(step.layer.0).ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
+        let layer = sequence
+            .layers
+            .get_mut(step.layer.0)
+            .ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
         if step.position != layer.num_tokens {
             let expected = layer.num_tokens;
             return Err(Error::Position { seq, layer: step.layer, got: step.position, expected });
@@ -191,7 +205,11 @@ impl Engine {
         use rayon::prelude::*;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         self.pool.install(|| {
-            sequence.layers.par_iter_mut().flat_map(|l| l.shards.par_iter_mut()).try_for_each(prefill::publish)
+            sequence
+                .layers
+                .par_iter_mut()
+                .flat_map(|l| l.shards.par_iter_mut())
+                .try_for_each(prefill::publish)
         })
     }
 
@@ -226,7 +244,11 @@ impl Engine {
     pub fn num_tokens(&self, seq: SeqId, layer: LayerId) -> Result<usize> {
         let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
         let num_layers = sequence.layers.len();
-        sequence.layers.get(layer.0).map(|l| l.num_tokens).ok_or(Error::UnknownLayer { got: layer.0, num_layers })
+        sequence
+            .layers
+            .get(layer.0)
+            .map(|l| l.num_tokens)
+            .ok_or(Error::UnknownLayer { got: layer.0, num_layers })
     }
 
     /// Host bytes of a sequence: exact keys and values, and what the policy keeps beside them.
@@ -256,7 +278,12 @@ pub struct SequenceMemory {
     pub index_bytes: usize,
 }
 
-fn check_rows(k: &TensorView<'_>, v: &TensorView<'_>, names: (&'static str, &'static str), shape: [usize; 3]) -> Result<()> {
+fn check_rows(
+    k: &TensorView<'_>,
+    v: &TensorView<'_>,
+    names: (&'static str, &'static str),
+    shape: [usize; 3],
+) -> Result<()> {
     k.expect(names.0, shape)?;
     v.expect(names.1, shape)?;
     if k.dtype() != v.dtype() {
@@ -276,7 +303,11 @@ fn check_finite(field: &'static str, view: &TensorView<'_>) -> Result<()> {
 fn check_room(stored: usize, more: usize) -> Result<()> {
     // Positions are 32 bits, and the kernels list rows by them.
     if stored.checked_add(more).is_none_or(|n| n > u32::MAX as usize / 2) {
-        return Err(Error::config("position", stored, format!("a layer holds at most {} tokens", u32::MAX / 2)));
+        return Err(Error::config(
+            "position",
+            stored,
+            format!("a layer holds at most {} tokens", u32::MAX / 2),
+        ));
     }
     Ok(())
 }

@@ -1,32 +1,31 @@
-//! floe: a long-context sparse KV retrieval engine.
-
+#![doc = include_str!("../ARCHITECTURE.md")]
 #![deny(unsafe_code)]
 
-pub mod ids;
-pub mod shape;
-pub mod view;
-pub mod query;
-pub mod selection;
-pub mod state;
 pub mod config;
 pub mod error;
+pub mod ids;
+pub mod query;
+pub mod selection;
+pub mod shape;
+pub mod state;
 pub mod step;
+pub mod view;
 
+mod decode;
 pub mod engine;
 mod prefill;
-mod decode;
 mod sequence;
 
-pub mod reuse;
-pub mod plan;
-pub mod select;
-pub mod page;
-pub mod transfer;
 pub mod attend;
+pub mod page;
+pub mod plan;
+pub mod reuse;
+pub mod select;
+pub mod transfer;
 
-pub mod trace;
 pub mod replay;
 pub mod report;
+pub mod trace;
 
 pub use config::Config;
 pub use engine::{DecodeStep, Engine, SequenceMemory};

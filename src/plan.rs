@@ -54,13 +54,21 @@ mod tests {
 
     #[test]
     fn path_follows_from_the_facts() {
-        let facts =
-            StepFacts { num_tokens: 1000, budget: 256, dense_layer: false, exact_policy: false, reused_tokens: 0 };
+        let facts = StepFacts {
+            num_tokens: 1000,
+            budget: 256,
+            dense_layer: false,
+            exact_policy: false,
+            reused_tokens: 0,
+        };
         assert_eq!(choose(&facts), HeadPath::Sparse);
         assert_eq!(choose(&StepFacts { budget: 1000, ..facts }), HeadPath::ExactWithinBudget);
         assert_eq!(choose(&StepFacts { dense_layer: true, ..facts }), HeadPath::ExactDenseLayer);
         assert_eq!(choose(&StepFacts { exact_policy: true, ..facts }), HeadPath::Exact);
         assert_eq!(choose(&StepFacts { reused_tokens: 900, ..facts }), HeadPath::Reuse);
-        assert_eq!(choose(&StepFacts { reused_tokens: 900, budget: 1000, ..facts }), HeadPath::ExactWithinBudget);
+        assert_eq!(
+            choose(&StepFacts { reused_tokens: 900, budget: 1000, ..facts }),
+            HeadPath::ExactWithinBudget
+        );
     }
 }

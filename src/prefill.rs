@@ -20,7 +20,8 @@ pub(crate) fn append(layer: &mut LayerShards, k: &TensorView<'_>, v: &TensorView
 pub(crate) fn publish(shard: &mut Shard) -> Result<()> {
     let num_tokens = shard.pages.num_tokens();
     let young = num_tokens - shard.published;
-    let until = if shard.published == 0 { num_tokens } else { shard.published + young / PAGE_TOKENS * PAGE_TOKENS };
+    let until =
+        if shard.published == 0 { num_tokens } else { shard.published + young / PAGE_TOKENS * PAGE_TOKENS };
     if until > shard.published {
         shard.selector.publish(&shard.pages, shard.published as u32..until as u32)?;
         shard.published = until;

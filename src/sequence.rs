@@ -50,7 +50,8 @@ pub(crate) struct Sequence {
 impl Sequence {
     pub(crate) fn new(config: &Config) -> Result<Self> {
         let layer = || -> Result<LayerShards> {
-            let shards = (0..config.heads.num_kv_heads()).map(|_| Shard::new(config)).collect::<Result<_>>()?;
+            let shards =
+                (0..config.heads.num_kv_heads()).map(|_| Shard::new(config)).collect::<Result<_>>()?;
             Ok(LayerShards { shards, num_tokens: 0 })
         };
         Ok(Self { layers: (0..config.num_layers).map(|_| layer()).collect::<Result<_>>()? })

@@ -51,14 +51,19 @@ impl HeadShape {
     /// # Errors
     /// [`Error::Config`] naming the field when a count is zero or `num_q_heads` is no multiple of `num_kv_heads`.
     pub fn new(num_q_heads: usize, num_kv_heads: usize, head_dim: usize) -> Result<Self> {
-        for (field, value) in [("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)]
+        for (field, value) in
+            [("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)]
         {
             if value == 0 {
                 return Err(Error::config(field, value, "must be at least 1"));
             }
         }
         if !num_q_heads.is_multiple_of(num_kv_heads) {
-            return Err(Error::config("num_q_heads", num_q_heads, format!("must be a multiple of num_kv_heads {num_kv_heads}")));
+            return Err(Error::config(
+                "num_q_heads",
+                num_q_heads,
+                format!("must be a multiple of num_kv_heads {num_kv_heads}"),
+            ));
         }
         Ok(Self { num_q_heads, num_kv_heads, head_dim })
     }

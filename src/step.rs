@@ -36,7 +36,13 @@ pub struct ShardReport {
 }
 
 impl ShardReport {
-    pub(crate) fn fill(&mut self, path: HeadPath, selection: &Selection, table: &PageTable, shape: PageShape) {
+    pub(crate) fn fill(
+        &mut self,
+        path: HeadPath,
+        selection: &Selection,
+        table: &PageTable,
+        shape: PageShape,
+    ) {
         self.path = path;
         self.tokens_attended = selection.num_tokens();
         self.retrieved.clone_from(&selection.retrieved);

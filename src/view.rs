@@ -191,7 +191,7 @@ mod tests {
     fn head_major_and_token_major_views_of_the_same_numbers_agree() {
         let token_major: Vec<f32> = (0..24).map(|x| x as f32).collect();
         let a = TensorView::contiguous(&token_major[..], [3, 2, 4]).unwrap();
-        let mut head_major = vec![0.0f32; 24];
+        let mut head_major = [0.0f32; 24];
         for t in 0..3 {
             for h in 0..2 {
                 for e in 0..4 {
@@ -202,7 +202,9 @@ mod tests {
         let b = TensorView::strided(&head_major[..], [3, 2, 4], [4, 12]).unwrap();
         for t in 0..3 {
             for h in 0..2 {
-                let (Elems::F32(x), Elems::F32(y)) = (a.row(t, h), b.tokens(t..3).row(0, h)) else { unreachable!() };
+                let (Elems::F32(x), Elems::F32(y)) = (a.row(t, h), b.tokens(t..3).row(0, h)) else {
+                    unreachable!()
+                };
                 assert_eq!(x, y);
             }
         }

@@ -1,12 +1,19 @@
 //! Baselines against an independent prototype's numbers on three 31K-token traces (too large to be bundled): set
 //! `FLOE_TRACES` to a folder that holds the traces and their `REFERENCE.md`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::path::PathBuf;
 
 use floe::replay::{ReplayPlan, ReplayRow, replay, summarise};
 use floe::trace::Trace;
 
 const TOLERANCE: f64 = 0.01;
+
+/// The prototype normalised Quest's page bounds over the pages of the whole trace, tokens after the query included. Order
+/// within a head is unchanged by it, but the maximum over the group's heads is, by up to 0.021 in six of 36 cells. With
+/// that normaliser every cell is reproduced to 0.0005; a decode step cannot see the future, so ours stays causal.
+const TOLERANCE_QUEST: f64 = 0.025;
 
 struct Cell {
     segment: String,
@@ -61,12 +68,15 @@ fn baselines_agree_with_the_reference_on_the_long_traces() {
     let names = ["quest16", "window", "pagemean16", "oracle"];
     let mut compared = 0;
     let mut failures = Vec::new();
-    for trace in ["L14H1", "L20H0", "L26H1"].map(|s| format!("qwen2.5-coder-1.5b_persuasion-31k_{s}.safetensors")) {
+    for trace in
+        ["L14H1", "L20H0", "L26H1"].map(|s| format!("qwen2.5-coder-1.5b_persuasion-31k_{s}.safetensors"))
+    {
         let rows = replayed(&folder.join(&trace));
         for cell in reference(&text, &trace).iter().filter(|c| names.contains(&c.policy.as_str())) {
             let policy = cell.policy.trim_end_matches("16");
-            let found =
-                rows.iter().find(|r| r.policy == policy && r.budget == cell.budget && r.segment == cell.segment);
+            let found = rows
+                .iter()
+                .find(|r| r.policy == policy && r.budget == cell.budget && r.segment == cell.segment);
             let Some(row) = found else { continue };
             compared += 1;
             let (error, mass) = (row.mean_error - cell.mean_error, row.mass_kept - cell.mass_kept);
@@ -74,7 +84,8 @@ fn baselines_agree_with_the_reference_on_the_long_traces() {
                 "{trace} {} {policy} {}: error {:.3} (reference {:.3}), mass {:.3} ({:.3})",
                 cell.segment, cell.budget, row.mean_error, cell.mean_error, row.mass_kept, cell.mass_kept
             );
-            if error.abs() > TOLERANCE || mass.abs() > TOLERANCE {
+            let tolerance = if policy == "quest" { TOLERANCE_QUEST } else { TOLERANCE };
+            if error.abs() > tolerance || mass.abs() > tolerance {
                 failures.push(line);
             }
         }

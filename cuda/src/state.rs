@@ -8,7 +8,7 @@ use crate::rows::check_len;
 pub struct StateMut<'a> {
     /// Weighted mean of the values, f32 [group, head_dim].
     pub out: &'a mut [f32],
-    /// Log of the sum of the exponentiated scores, f32 [group], natural; empty = -inf with a zero `out`.
+    /// Log of the sum of the exponentiated scores, f32 `[group]`, natural; empty = -inf with a zero `out`.
     pub lse: &'a mut [f32],
 }
 

@@ -13,5 +13,7 @@ pub use floe_cuda::twin::StateF64;
 /// # Errors
 /// When the query does not fit the shard or the shard is shorter.
 pub fn attend_f64(query: &GroupQuery<'_>, pages: &ShardPages, num_tokens: usize) -> Result<StateF64> {
-    Ok(with_rows!(pages, rows => twin::attend_f64(&query.over(Isa::Scalar, rows), &Rows::Range(0..num_tokens))?))
+    Ok(
+        with_rows!(pages, rows => twin::attend_f64(&query.over(Isa::Scalar, rows), &Rows::Range(0..num_tokens))?),
+    )
 }

@@ -17,7 +17,8 @@ const BUNDLED: (&str, &[u8]) = (
 );
 
 /// Policies of a replay without `--policy`.
-const POLICIES: [&str; 7] = ["full", "window", "quest", "pagemean", "oracle", "floe:tail=off", "floe:tail=page"];
+const POLICIES: [&str; 7] =
+    ["full", "window", "quest", "pagemean", "oracle", "floe:tail=off", "floe:tail=page"];
 
 #[derive(Args)]
 pub struct ReplayArgs {

@@ -108,7 +108,11 @@ pub struct TraceReplay {
 ///
 /// # Errors
 /// [`ReplayError`]; the first run that fails ends the replay.
-pub fn replay(trace: &Trace, plan: &ReplayPlan, progress: &(dyn Fn() + Sync)) -> Result<TraceReplay, ReplayError> {
+pub fn replay(
+    trace: &Trace,
+    plan: &ReplayPlan,
+    progress: &(dyn Fn() + Sync),
+) -> Result<TraceReplay, ReplayError> {
     for (field, empty) in [("policies", plan.policies.is_empty()), ("budgets", plan.budgets.is_empty())] {
         if empty {
             return Err(ReplayError::Empty { field });
@@ -167,7 +171,11 @@ fn measured_steps(trace: &Trace, plan: &ReplayPlan) -> Result<(Vec<String>, Vec<
     let mut steps: Vec<MeasuredStep> = Vec::new();
     for (segment, s) in wanted.iter().enumerate() {
         let positions = s.start.max(first)..s.end.min(last);
-        steps.extend(positions.map(|position| MeasuredStep { query: position - meta.first_query_pos, position, segment }));
+        steps.extend(positions.map(|position| MeasuredStep {
+            query: position - meta.first_query_pos,
+            position,
+            segment,
+        }));
     }
     steps.sort_by_key(|s| s.position);
     if steps.is_empty() {

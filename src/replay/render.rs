@@ -44,12 +44,14 @@ fn table(rows: &[ReplayRow], inks: &mut Inks) -> Table {
             continue;
         }
         seen.push(key);
-        let mut cells = vec![Cell::text(key.0).ink(ink(inks, key.0)), Cell::number(key.1 as f64, NumberFormat::Plain)];
+        let mut cells =
+            vec![Cell::text(key.0).ink(ink(inks, key.0)), Cell::number(key.1 as f64, NumberFormat::Plain)];
         let of_key: Vec<&ReplayRow> = rows.iter().filter(|r| (r.policy.as_str(), r.budget) == key).collect();
         for segment in &segments {
             match of_key.iter().find(|r| r.segment == *segment) {
                 Some(row) => cells.extend(
-                    [row.mean_error, row.p95_error, row.mass_kept].map(|x| Cell::number(x, NumberFormat::Decimals(3))),
+                    [row.mean_error, row.p95_error, row.mass_kept]
+                        .map(|x| Cell::number(x, NumberFormat::Decimals(3))),
                 ),
                 None => cells.extend(std::iter::repeat_with(Cell::missing).take(3)),
             }
@@ -102,7 +104,8 @@ fn section(heading: &str, rows: &[ReplayRow], inks: &mut Inks) -> Section {
         let error = curves(&of_segment, inks, Axis::log10("mean relative error"), |r| {
             (r.policy != "full").then_some((r.mean_error, r.p95_error))
         });
-        let mass = curves(&of_segment, inks, Axis::linear("attention mass kept"), |r| Some((r.mass_kept, f64::NAN)));
+        let mass =
+            curves(&of_segment, inks, Axis::linear("attention mass kept"), |r| Some((r.mass_kept, f64::NAN)));
         section = section.figures([
             Figure::new(format!("Error against budget, segment {segment}"), error)
                 .caption("Lower is better; the tooltip of a point has its 95th percentile."),
@@ -110,7 +113,10 @@ fn section(heading: &str, rows: &[ReplayRow], inks: &mut Inks) -> Section {
                 .caption("What a policy leaves out it drops or, with a tail, estimates."),
         ]);
     }
-    section.table("Mean and p95 error, mass kept; tokens and bytes read a step; index bytes beside the exact KV", table(rows, inks))
+    section.table(
+        "Mean and p95 error, mass kept; tokens and bytes read a step; index bytes beside the exact KV",
+        table(rows, inks),
+    )
 }
 
 /// One line per policy over the budgets; `value` gives the height and a second number for the tooltip.
@@ -151,13 +157,15 @@ fn positions(replay: &TraceReplay, inks: &mut Inks) -> Vec<Figure> {
         Axis::linear("position").unit("tokens").format(NumberFormat::Count),
         Axis::log10("mean relative error"),
     );
-    let at_budget: Vec<&Run> = replay.runs.iter().filter(|r| r.budget == budget && r.policy != "full").collect();
+    let at_budget: Vec<&Run> =
+        replay.runs.iter().filter(|r| r.budget == budget && r.policy != "full").collect();
     for run in at_budget {
         let group = run.errors.len() / replay.steps.len();
-        let points = replay.steps.chunks(stretch).zip(run.errors.chunks(stretch * group)).map(|(steps, errors)| {
-            let mean = errors.iter().map(|e| f64::from(*e)).sum::<f64>() / errors.len() as f64;
-            Point::new(steps[steps.len() / 2].position as f64, mean)
-        });
+        let points =
+            replay.steps.chunks(stretch).zip(run.errors.chunks(stretch * group)).map(|(steps, errors)| {
+                let mean = errors.iter().map(|e| f64::from(*e)).sum::<f64>() / errors.len() as f64;
+                Point::new(steps[steps.len() / 2].position as f64, mean)
+            });
         chart.push(Series::line(&run.policy, ink(inks, &run.policy), points));
     }
     let figure = Figure::new(format!("Error by position at {budget} tokens"), chart)

@@ -29,11 +29,20 @@ pub(super) struct StepTruth {
 
 impl Truth {
     /// Computes full attention and the ranking of the `budget` best candidates for every step, in parallel.
-    pub(super) fn compute(trace: &Trace, steps: &[MeasuredStep], config: &Config, budget: usize) -> Result<Self> {
+    pub(super) fn compute(
+        trace: &Trace,
+        steps: &[MeasuredStep],
+        config: &Config,
+        budget: usize,
+    ) -> Result<Self> {
         let meta = trace.meta();
         let shape = [meta.num_tokens, 1, meta.head_dim];
         let mut pages = ShardPages::new(PageShape::new(meta.head_dim, config.kv_dtype));
-        pages.append(&TensorView::contiguous(trace.k(), shape)?, &TensorView::contiguous(trace.v(), shape)?, 0)?;
+        pages.append(
+            &TensorView::contiguous(trace.k(), shape)?,
+            &TensorView::contiguous(trace.v(), shape)?,
+            0,
+        )?;
         let (backend, oracle) = (CpuBackend::detect(), Oracle::new());
         let steps = steps
             .par_iter()

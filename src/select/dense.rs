@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::{SelectCost, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::query::GroupQuery;
 use crate::page::ShardPages;
+use crate::query::GroupQuery;
 use crate::selection::Selection;
 
 /// Full attention. The plan takes the exact path for it, so `select` is asked only for completeness.

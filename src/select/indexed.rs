@@ -8,8 +8,8 @@ use super::{IndexOptions, SelectCost, SelectScratch, Selector};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::query::GroupQuery;
 use crate::page::ShardPages;
+use crate::query::GroupQuery;
 use crate::selection::Selection;
 
 /// One shard's index and how it is searched. Sinks are never given to the index: they are always attended, and as

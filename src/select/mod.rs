@@ -1,9 +1,9 @@
 //! Selection: which tokens a kv head attends exactly, and what stands in for the rest. One [`Selector`] per shard,
 //! one implementation per policy; one selection per kv head, shared by its group.
 
-mod indexed;
 mod dense;
 mod group;
+mod indexed;
 mod oracle;
 mod quest;
 mod spec;
@@ -16,8 +16,8 @@ pub use spec::{IndexOptions, Policy, PolicyKind, SpecError};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::query::GroupQuery;
 use crate::page::ShardPages;
+use crate::query::GroupQuery;
 use crate::selection::Selection;
 
 /// What one step read beside the exactly attended rows.

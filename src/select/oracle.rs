@@ -8,8 +8,8 @@ use super::group::{softmax_in_place, top_k};
 use super::{SelectCost, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::query::GroupQuery;
 use crate::page::{ShardPages, with_rows};
+use crate::query::GroupQuery;
 use crate::selection::Selection;
 
 pub(crate) struct Oracle {

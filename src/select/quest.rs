@@ -7,8 +7,8 @@ use super::group::{max_of_log_softmax, top_k};
 use super::{SelectCost, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::query::GroupQuery;
 use crate::page::ShardPages;
+use crate::query::GroupQuery;
 use crate::selection::Selection;
 use crate::shape::PAGE_TOKENS;
 
@@ -120,9 +120,7 @@ fn upper_bound(q: &[f32], low: &[f32], high: &[f32]) -> f32 {
     const LANES: usize = 16;
     let mut sums = [0.0f32; LANES];
     let whole = q.len() / LANES * LANES;
-    for ((q, low), high) in
-        q.chunks_exact(LANES).zip(low.chunks_exact(LANES)).zip(high.chunks_exact(LANES))
-    {
+    for ((q, low), high) in q.chunks_exact(LANES).zip(low.chunks_exact(LANES)).zip(high.chunks_exact(LANES)) {
         for i in 0..LANES {
             sums[i] += (q[i] * low[i]).max(q[i] * high[i]);
         }
@@ -146,8 +144,10 @@ mod tests {
         }
         let q: Vec<f32> = (0..dim).map(|i| value(i * 31 + 5)).collect();
         let bound = upper_bound(&q, &quest.bounds[..dim], &quest.bounds[dim..]);
-        let best =
-            keys.iter().map(|k| k.iter().zip(&q).map(|(a, b)| a * b).sum::<f32>()).fold(f32::NEG_INFINITY, f32::max);
+        let best = keys
+            .iter()
+            .map(|k| k.iter().zip(&q).map(|(a, b)| a * b).sum::<f32>())
+            .fold(f32::NEG_INFINITY, f32::max);
         assert!(bound >= best - 1e-4, "{bound} < {best}");
     }
 }

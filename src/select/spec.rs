@@ -113,7 +113,8 @@ impl FromStr for Policy {
 
     fn from_str(spec: &str) -> Result<Self, SpecError> {
         let (name, options) = spec.split_once(':').unwrap_or((spec, ""));
-        let plain = |kind| if options.is_empty() { Ok(kind) } else { Err(unknown_key(name, options, "no options")) };
+        let plain =
+            |kind| if options.is_empty() { Ok(kind) } else { Err(unknown_key(name, options, "no options")) };
         let kind = match name {
             "full" => plain(PolicyKind::Full)?,
             "window" => plain(PolicyKind::Window)?,
@@ -141,7 +142,8 @@ fn index_options(policy: &str, options: &str, default_tail: Tail) -> Result<Inde
             return Err(SpecError::Twice { policy: policy.into(), key: key.into() });
         }
         seen.push(key);
-        let refuse = |known| SpecError::Value { policy: policy.into(), key: key.into(), value: value.into(), known };
+        let refuse =
+            |known| SpecError::Value { policy: policy.into(), key: key.into(), value: value.into(), known };
         match key {
             "tail" => {
                 parsed.tail = match value {
@@ -162,11 +164,15 @@ mod tests {
 
     #[test]
     fn text_round_trips_and_sets_the_options() {
-        for spec in ["full", "window", "quest", "pagemean", "oracle", "floe", "floe:tail=off", "pagemean:tail=page"] {
+        for spec in
+            ["full", "window", "quest", "pagemean", "oracle", "floe", "floe:tail=off", "pagemean:tail=page"]
+        {
             assert_eq!(spec.parse::<Policy>().unwrap().to_string(), spec);
         }
         assert_eq!(*"floe".parse::<Policy>().unwrap().kind(), *Policy::default().kind());
-        let PolicyKind::Floe(options) = *"floe:tail=off".parse::<Policy>().unwrap().kind() else { unreachable!() };
+        let PolicyKind::Floe(options) = *"floe:tail=off".parse::<Policy>().unwrap().kind() else {
+            unreachable!()
+        };
         assert_eq!(options.tail, Tail::Off);
     }
 
