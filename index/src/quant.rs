@@ -5,6 +5,9 @@
 //! logit about 0.8 % of the logits' spread. The query is split into two signed bytes so that its own rounding
 //! (1 / 32000 of its largest coordinate) never matters, and so that integer dot products are exact on every instruction set.
 
+use crate::simd::Isa;
+use crate::simd::vectorise::{Kernel, largest, nearest_byte, vectorised};
+
 /// Codes that one 512-bit register pairs with one query word: four dimensions of sixteen entries.
 pub(crate) const QUAD: usize = 4;
 
@@ -16,23 +19,34 @@ pub(crate) fn quads_of(dim: usize) -> usize {
     dim.div_ceil(QUAD)
 }
 
-fn scale_of(x: &[f32]) -> f32 {
-    x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0
+/// Signed codes of `x` `[dim]` into `codes` `[dim]`; returns the scale (0 for a zero vector).
+pub(crate) fn quantise(isa: Isa, x: &[f32], codes: &mut [i8]) -> f32 {
+    vectorised(isa, Quantise { x, codes })
 }
 
-/// Signed codes of `x` `[dim]` into `codes` `[dim]`; returns the scale (0 for a zero vector).
-pub(crate) fn quantise(x: &[f32], codes: &mut [i8]) -> f32 {
-    let scale = scale_of(x);
-    // Subnormal scales have no finite reciprocal; such a vector is zero for every purpose here.
-    if scale < f32::MIN_POSITIVE {
-        codes.fill(0);
-        return 0.0;
+struct Quantise<'a> {
+    x: &'a [f32],
+    codes: &'a mut [i8],
+}
+
+impl Kernel for Quantise<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run(self) -> f32 {
+        let scale = largest(self.x) / 127.0;
+        // Subnormal scales have no finite reciprocal; such a vector is zero for every purpose here.
+        if scale < f32::MIN_POSITIVE {
+            self.codes.fill(0);
+            return 0.0;
+        }
+        let inverse = 1.0 / scale;
+        for (code, &v) in self.codes.iter_mut().zip(self.x) {
+            // |v * inverse| is at most 127 plus rounding, which the nearest integer removes.
+            *code = nearest_byte(v * inverse);
+        }
+        scale
     }
-    let inverse = 1.0 / scale;
-    for (code, &v) in codes.iter_mut().zip(x) {
-        *code = (v * inverse).round_ties_even().clamp(-127.0, 127.0) as i8;
-    }
-    scale
 }
 
 /// A group of queries as words of four signed bytes, high and low part, for the block kernel.
