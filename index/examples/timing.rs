@@ -68,6 +68,7 @@ fn main() {
     let sizes: Vec<usize> = option("n", "32768,131072").split(',').map(|x| x.parse().unwrap()).collect();
     let fractions: Vec<f32> =
         option("open", "1,0.25,0.1,0.05").split(',').map(|x| x.parse().unwrap()).collect();
+    let rounds: usize = option("rounds", "4").parse().unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     for n in sizes {
         let (k, v, q) = synthetic(n, 1);
@@ -113,7 +114,7 @@ fn main() {
             let (mut out, mut lse) = (vec![0.0; GROUP * DIM], vec![0.0; GROUP]);
             let (mut search, mut tail) = (Vec::new(), Vec::new());
             let mut mass = [0.0f64; 2];
-            for round in 0..4 {
+            for round in 0..rounds {
                 for j in 0..64 {
                     let query = Query {
                         q: &q[j * GROUP * DIM..(j + 1) * GROUP * DIM],

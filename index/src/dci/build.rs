@@ -20,9 +20,11 @@ impl Dci {
     /// Builds from a checked batch into an empty index.
     pub(super) fn build_all(&mut self, batch: &Batch<'_>) {
         let dim = self.pages.dim;
-        let n = batch.ids.len();
+        if batch.ids.is_empty() {
+            return;
+        }
         self.pages.frame.settle(batch.keys, batch.values);
-        let mut keys = vec![0.0f32; n * dim];
+        let mut keys = vec![0.0f32; batch.keys.len()];
         self.pages.frame.key_in(batch.keys, &mut keys);
         let rows = Rows { data: &keys, dim };
         let codes = Codes::of(&keys, dim);

@@ -109,11 +109,19 @@ pub(crate) fn largest(x: &[f32]) -> f32 {
     most.iter().fold(rest, |m, &v| if v > m { v } else { m })
 }
 
-/// Nearest integer, ties to even, for |x| <= 127: the addition drops the fraction and leaves the integer in the low bits.
+/// 1.5 * 2^23: adding it drops the fraction of a smaller number and leaves the integer in the low bits of the sum.
+const SHIFT: f32 = 12_582_912.0;
+
+/// Nearest integer, ties to even, for |x| <= 127.
 #[inline(always)]
 pub(crate) fn nearest_byte(x: f32) -> i8 {
-    const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT).to_bits() as i8
+}
+
+/// Nearest integer, ties to even, for |x| < 2^22.
+#[inline(always)]
+pub(crate) fn nearest_int(x: f32) -> i32 {
+    (x + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32
 }
 
 /// Dot product of signed bytes.
@@ -151,6 +159,7 @@ mod tests {
             }
             for &x in &a {
                 assert_eq!(f32::from(nearest_byte(127.0 * x)), (127.0 * x).round_ties_even());
+                assert_eq!(nearest_int(9e5 * x) as f32, (9e5 * x).round_ties_even());
             }
         }
     }
