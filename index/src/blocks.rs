@@ -7,6 +7,7 @@
 use crate::grow::grow_by;
 use crate::index::MAX_DIM;
 use crate::quant::{QUAD, ZERO, quads_of, quantise};
+use crate::simd::Isa;
 
 /// Entries in a block.
 pub(crate) const LANES: usize = 16;
@@ -19,6 +20,8 @@ pub(crate) struct Blocks {
     pub key_codes: Vec<u8>,
     /// `[blocks * 16]`
     pub key_scale: Vec<f32>,
+    /// `[blocks * 16]` squared length of the key as stored.
+    pub key_norm: Vec<f32>,
     /// `[blocks * 16, dim]`
     pub value_codes: Vec<i8>,
     /// `[blocks * 16]`
@@ -50,6 +53,7 @@ impl Blocks {
         let stride = self.key_stride();
         grow_by(&mut self.key_codes, num * stride, ZERO);
         grow_by(&mut self.key_scale, entries, 0.0);
+        grow_by(&mut self.key_norm, entries, 0.0);
         grow_by(&mut self.value_codes, entries * self.dim, 0);
         grow_by(&mut self.value_scale, entries, 0.0);
         grow_by(&mut self.count, entries, 0);
@@ -80,12 +84,15 @@ impl Blocks {
 
     /// Writes an entry from `key` and `value` `[dim]` f32.
     pub fn set(&mut self, entry: usize, summary: Summary<'_>) {
-        let dim = self.dim;
+        let (dim, isa) = (self.dim, Isa::detect());
         let (codes, scale) = self.value_slot(entry);
-        *scale = quantise(summary.value, codes);
+        *scale = quantise(isa, summary.value, codes);
         let mut row = [0i8; MAX_DIM];
         let row = &mut row[..dim];
-        self.key_scale[entry] = quantise(summary.key, row);
+        let scale = quantise(isa, summary.key, row);
+        let norm: i64 = row.iter().map(|&c| i64::from(c) * i64::from(c)).sum();
+        self.key_scale[entry] = scale;
+        self.key_norm[entry] = norm as f32 * scale * scale;
         let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
         for (quad, codes) in row.chunks(QUAD).enumerate() {
             for (slot, &code) in self.key_codes[base + quad * LANES * QUAD..].iter_mut().zip(codes) {
@@ -110,6 +117,7 @@ impl Blocks {
         }
         self.value_codes[entry * dim..(entry + 1) * dim].fill(0);
         self.key_scale[entry] = 0.0;
+        self.key_norm[entry] = 0.0;
         self.value_scale[entry] = 0.0;
         self.count[entry] = 0;
         self.child[entry] = u32::MAX;
@@ -125,6 +133,7 @@ impl Blocks {
         }
         self.value_codes.copy_within(from * dim..(from + 1) * dim, to * dim);
         self.key_scale[to] = self.key_scale[from];
+        self.key_norm[to] = self.key_norm[from];
         self.value_scale[to] = self.value_scale[from];
         self.count[to] = self.count[from];
         self.child[to] = self.child[from];
@@ -153,6 +162,7 @@ impl Blocks {
         self.key_codes.capacity()
             + self.value_codes.capacity()
             + 4 * (self.key_scale.capacity()
+                + self.key_norm.capacity()
                 + self.value_scale.capacity()
                 + self.count.capacity()
                 + self.child.capacity())

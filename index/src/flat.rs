@@ -138,12 +138,12 @@ impl KeyIndex for Flat {
     ) -> Result<(), IndexError> {
         let mut pass = Pass { isa: self.isa, pages: &self.pages, scratch, found };
         pass.begin(query, exclude, params)?;
-        pass.add_all_young();
         for block in 0..self.pages.blocks.num_blocks() {
             pass.add_pages(block);
         }
+        pass.add_all_young();
         pass.found.frontier.candidates = pass.found.frontier.parts.len();
-        pass.normalise();
+        pass.normalise(0);
         pass.select(params);
         Ok(())
     }

@@ -53,7 +53,7 @@ pub(crate) struct Part {
 
 /// Every scored block, with what of each entry is left for the tail.
 ///
-/// Parts come in a canonical order (young tokens, then page blocks by index, then tree levels) so that sums over them have
+/// Parts come in a canonical order (page blocks by index, young tokens, tree levels) so that sums over them have
 /// one order of additions whatever path the search took.
 #[derive(Debug, Default)]
 pub(crate) struct Frontier {
@@ -83,13 +83,12 @@ impl Frontier {
         at
     }
 
-    /// Moves the last `num` parts to position `to`, keeping all orders.
-    pub fn rotate(&mut self, to: usize, num: usize) {
-        let size = self.group * LANES;
-        self.parts[to..].rotate_right(num);
-        self.logits[to * size..].rotate_right(num * size);
-        self.rest[to * LANES..].rotate_right(num * LANES);
-        self.lanes[to * LANES..].rotate_right(num * LANES);
+    /// Moves the last `num` parts to the front, keeping all orders.
+    pub fn rotate(&mut self, num: usize) {
+        self.parts.rotate_right(num);
+        self.logits.rotate_right(num * self.group * LANES);
+        self.rest.rotate_right(num * LANES);
+        self.lanes.rotate_right(num * LANES);
     }
 
     /// Forgets the parts from `len` on.

@@ -5,6 +5,9 @@
 //! logit about 0.8 % of the logits' spread. The query is split into two signed bytes so that its own rounding
 //! (1 / 32000 of its largest coordinate) never matters, and so that integer dot products are exact on every instruction set.
 
+use crate::simd::Isa;
+use crate::simd::vectorise::{Kernel, largest, nearest_byte, nearest_int, vectorised};
+
 /// Codes that one 512-bit register pairs with one query word: four dimensions of sixteen entries.
 pub(crate) const QUAD: usize = 4;
 
@@ -16,23 +19,34 @@ pub(crate) fn quads_of(dim: usize) -> usize {
     dim.div_ceil(QUAD)
 }
 
-fn scale_of(x: &[f32]) -> f32 {
-    x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0
+/// Signed codes of `x` `[dim]` into `codes` `[dim]`; returns the scale (0 for a zero vector).
+pub(crate) fn quantise(isa: Isa, x: &[f32], codes: &mut [i8]) -> f32 {
+    vectorised(isa, Quantise { x, codes })
 }
 
-/// Signed codes of `x` `[dim]` into `codes` `[dim]`; returns the scale (0 for a zero vector).
-pub(crate) fn quantise(x: &[f32], codes: &mut [i8]) -> f32 {
-    let scale = scale_of(x);
-    // Subnormal scales have no finite reciprocal; such a vector is zero for every purpose here.
-    if scale < f32::MIN_POSITIVE {
-        codes.fill(0);
-        return 0.0;
+struct Quantise<'a> {
+    x: &'a [f32],
+    codes: &'a mut [i8],
+}
+
+impl Kernel for Quantise<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run(self) -> f32 {
+        let scale = largest(self.x) / 127.0;
+        // Subnormal scales have no finite reciprocal; such a vector is zero for every purpose here.
+        if scale < f32::MIN_POSITIVE {
+            self.codes.fill(0);
+            return 0.0;
+        }
+        let inverse = 1.0 / scale;
+        for (code, &v) in self.codes.iter_mut().zip(self.x) {
+            // |v * inverse| is at most 127 plus rounding, which the nearest integer removes.
+            *code = nearest_byte(v * inverse);
+        }
+        scale
     }
-    let inverse = 1.0 / scale;
-    for (code, &v) in codes.iter_mut().zip(x) {
-        *code = (v * inverse).round_ties_even().clamp(-127.0, 127.0) as i8;
-    }
-    scale
 }
 
 /// A group of queries as words of four signed bytes, high and low part, for the block kernel.
@@ -59,22 +73,51 @@ impl QuantQuery {
         self.offset.clear();
         self.offset.resize(2 * group, 0);
         self.unit.clear();
+        let isa = Isa::detect();
         for (h, row) in q.chunks_exact(dim).enumerate() {
-            // The high byte of 32000 is 125, so neither part leaves the range of a signed byte.
-            let step = row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 32000.0;
-            let inverse = if step < f32::MIN_POSITIVE { 0.0 } else { 1.0 / step };
-            self.unit.push(if inverse == 0.0 { 0.0 } else { step * scale });
+            let unit = vectorised(isa, Split { row, head: h, query: self });
+            self.unit.push(unit * scale);
+        }
+    }
+}
+
+/// Splits one head's row into its bytes; returns the step.
+struct Split<'a> {
+    row: &'a [f32],
+    head: usize,
+    query: &'a mut QuantQuery,
+}
+
+impl Kernel for Split<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run(self) -> f32 {
+        // The high byte of 32000 is 125, so neither part leaves the range of a signed byte.
+        let step = largest(self.row) / 32000.0;
+        if step < f32::MIN_POSITIVE {
+            return 0.0;
+        }
+        let inverse = 1.0 / step;
+        let (group, h) = (self.query.group, self.head);
+        let mut sums = [0i32; 2];
+        for (quad, row) in self.row.chunks(QUAD).enumerate() {
+            let mut bytes = [[0u8; QUAD]; 2];
             for (d, &v) in row.iter().enumerate() {
-                let whole = (v * inverse).round_ties_even() as i32;
+                let whole = nearest_int(v * inverse);
                 let high = (whole + 128) >> 8;
                 let low = whole - (high << 8);
-                let at = (d / QUAD) * 2 * group + h;
-                let shift = 8 * (d % QUAD);
-                self.words[at] |= (high & 0xff) << shift;
-                self.words[at + group] |= (low & 0xff) << shift;
-                self.offset[h] += 128 * high;
-                self.offset[group + h] += 128 * low;
+                sums[0] += high;
+                sums[1] += low;
+                bytes[0][d] = high as u8;
+                bytes[1][d] = low as u8;
+            }
+            for (part, bytes) in bytes.into_iter().enumerate() {
+                self.query.words[quad * 2 * group + part * group + h] = i32::from_le_bytes(bytes);
             }
         }
+        self.query.offset[h] = 128 * sums[0];
+        self.query.offset[group + h] = 128 * sums[1];
+        step
     }
 }

@@ -119,10 +119,10 @@ impl Pass<'_> {
         at
     }
 
-    /// Log normaliser of each head over everything scored.
-    pub fn normalise(&mut self) {
+    /// Log normaliser of each head over everything scored since part `first`.
+    pub fn normalise(&mut self, first: usize) {
         let Scratch { norm, sums, .. } = &mut *self.scratch;
-        log_mass(self.isa, &self.found.frontier, norm, sums);
+        log_mass(self.isa, (&self.found.frontier, first), norm, sums);
     }
 
     /// Ranks the candidates and takes tokens until the budget is full.
@@ -137,15 +137,16 @@ impl Pass<'_> {
                 let lane = lanes.trailing_zeros() as usize;
                 lanes &= lanes - 1;
                 let place = part * LANES + lane;
-                let tokens = frontier.rest[place] as u32;
-                top.offer(Ranked { score: best[lane], place: place as u32, tokens });
+                if best[lane] > top.threshold {
+                    top.offer(Ranked::new(best[lane], place, frontier.rest[place] as usize));
+                }
             }
             if frontier.parts[part].level == 0 {
                 self.found.pages_opened += LANES;
             }
         }
         for item in top.finish() {
-            let place = item.place as usize;
+            let place = item.place();
             let part = frontier.parts[place / LANES];
             let entry = part.block as usize * LANES + place % LANES;
             let base = match part.level {
@@ -158,7 +159,7 @@ impl Pass<'_> {
                     None => self.pages.young.child[entry],
                     Some(base) => self.pages.ids[base + lane],
                 };
-                self.found.tokens.push(Hit { id, score: item.score });
+                self.found.tokens.push(Hit { id, score: item.score() });
                 frontier.lanes[place] &= frontier.lanes[place] - 1;
                 frontier.rest[place] -= 1.0;
             }
@@ -191,14 +192,16 @@ fn hide(pages: &Pages, exclude: &[KeyId], scratch: &mut Scratch) {
     });
 }
 
-/// `norm[h] = ln sum rest exp(logit)` over all parts; -inf where nothing is left. `sums` is working memory.
-fn log_mass(isa: Isa, frontier: &Frontier, norm: &mut Vec<f32>, sums: &mut Vec<f32>) {
+/// `norm[h] = ln sum rest exp(logit)` over all parts since `first`; -inf where nothing is left. `sums` is working memory.
+fn log_mass(isa: Isa, (frontier, first): (&Frontier, usize), norm: &mut Vec<f32>, sums: &mut Vec<f32>) {
+    let (logits, rest) =
+        (&frontier.logits[first * frontier.group * LANES..], &frontier.rest[first * LANES..]);
     norm.clear();
     norm.resize(frontier.group, f32::NEG_INFINITY);
-    dense::maxima(isa, &frontier.logits, &frontier.rest, norm);
+    dense::maxima(isa, logits, rest, norm);
     sums.clear();
     sums.resize(frontier.group * LANES, 0.0);
-    dense::masses(isa, &frontier.logits, &frontier.rest, norm, sums);
+    dense::masses(isa, logits, rest, norm, sums);
     for (n, sums) in norm.iter_mut().zip(sums.chunks_exact(LANES)) {
         let sum: f64 = sums.iter().map(|&s| f64::from(s)).sum();
         *n += sum.ln() as f32;
@@ -226,7 +229,7 @@ pub(crate) fn tail<'p>(
         return Ok(());
     }
     let Scratch { norm, sums, weights, .. } = scratch;
-    log_mass(isa, frontier, norm, sums);
+    log_mass(isa, (frontier, 0), norm, sums);
     weights.resize(group * LANES, 0.0);
     for (at, part) in frontier.parts.iter().enumerate() {
         let largest = dense::weigh(isa, frontier.part(at), norm, weights);

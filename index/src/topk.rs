@@ -1,17 +1,39 @@
 //! The best entries whose tokens fill a budget.
 
-/// An entry offered for selection.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Ranked {
-    pub score: f32,
-    /// Place in the scan; the tie break.
-    pub place: u32,
-    /// Tokens that it would bring.
-    pub tokens: u32,
+/// Bits of a key below its place: tokens of an entry, 1 to 16.
+const TOKEN_BITS: u32 = 5;
+
+/// An entry offered for selection, as one integer that sorts best first: score descending, then place ascending, then its
+/// number of tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Ranked(u64);
+
+impl Ranked {
+    /// `place` must lie below 2^27; the limit on tokens leaves room for that many entries.
+    pub fn new(score: f32, place: usize, tokens: usize) -> Self {
+        let bits = score.to_bits();
+        // Order of f32 as integers: flip all bits of negative numbers, the sign of others; inverted so that best is least.
+        let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+        let low = ((place as u32) << TOKEN_BITS) | tokens as u32;
+        Self((u64::from(!rising) << 32) | u64::from(low))
+    }
+
+    pub fn score(self) -> f32 {
+        let rising = !((self.0 >> 32) as u32);
+        f32::from_bits(if rising >> 31 == 1 { rising & !(1 << 31) } else { !rising })
+    }
+
+    pub fn place(self) -> usize {
+        (self.0 as u32 >> TOKEN_BITS) as usize
+    }
+
+    fn tokens(self) -> usize {
+        (self.0 as usize) & ((1 << TOKEN_BITS) - 1)
+    }
 }
 
-/// Keeps a buffer of entries above a rising threshold. Offers must come with increasing `place`, so that an entry equal to
-/// the threshold can be dropped: it loses every tie.
+/// Keeps a buffer of entries above a rising threshold. Offers must come with increasing place, so that an entry equal to the
+/// threshold can be dropped: it loses every tie.
 #[derive(Debug, Default)]
 pub(crate) struct TopK {
     items: Vec<Ranked>,
@@ -30,29 +52,27 @@ impl TopK {
         self.threshold = if budget == 0 { f32::INFINITY } else { f32::NEG_INFINITY };
     }
 
-    /// Offers an entry.
+    /// Offers an entry whose score is above the threshold.
     pub fn offer(&mut self, item: Ranked) {
-        if item.score > self.threshold {
-            self.items.push(item);
-            if self.items.len() >= self.limit {
-                self.cut();
-                // Entries of one token each need a buffer of the whole budget.
-                self.limit = self.limit.max(2 * self.items.len());
-            }
+        self.items.push(item);
+        if self.items.len() >= self.limit {
+            self.cut();
+            // Entries of one token each need a buffer of the whole budget.
+            self.limit = self.limit.max(2 * self.items.len());
         }
     }
 
     /// Sorts and drops what lies behind a full budget.
     fn cut(&mut self) {
-        self.items.sort_unstable_by(|a, b| b.score.total_cmp(&a.score).then(a.place.cmp(&b.place)));
-        let mut tokens = 0usize;
+        self.items.sort_unstable();
+        let mut tokens = 0;
         let full = self.items.iter().position(|item| {
-            tokens += item.tokens as usize;
+            tokens += item.tokens();
             tokens >= self.budget
         });
         if let Some(last) = full {
             self.items.truncate(last + 1);
-            self.threshold = self.items[last].score;
+            self.threshold = self.items[last].score();
         }
     }
 
@@ -68,22 +88,39 @@ mod tests {
     use super::*;
 
     #[test]
+    fn key_keeps_score_and_place_and_orders_like_both() {
+        let scores = [f32::NEG_INFINITY, -1e30, -2.5, -0.0, 0.0, 1e-30, 3.0, f32::INFINITY];
+        for (i, &a) in scores.iter().enumerate() {
+            let key = Ranked::new(a, (1 << 27) - 1, 16);
+            assert_eq!((key.score().to_bits(), key.place(), key.tokens()), (a.to_bits(), (1 << 27) - 1, 16));
+            for &b in &scores[..i] {
+                assert!(key < Ranked::new(b, 0, 1), "{a} {b}");
+            }
+        }
+        assert!(Ranked::new(1.0, 3, 16) < Ranked::new(1.0, 4, 1));
+    }
+
+    #[test]
     fn selection_equals_a_full_sort_with_ties_by_place() {
         for budget in [0usize, 1, 7, 100, 5000] {
             let mut state = 1u32;
             let items: Vec<Ranked> = (0..3000)
                 .map(|place| {
                     state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    Ranked { score: (state >> 26) as f32, place, tokens: 1 + (state >> 8) % 16 }
+                    Ranked::new((state >> 26) as f32 - 20.0, place, 1 + (state as usize >> 8) % 16)
                 })
                 .collect();
             let mut top = TopK::default();
             top.start(budget);
-            items.iter().for_each(|&i| top.offer(i));
+            for &item in &items {
+                if item.score() > top.threshold {
+                    top.offer(item);
+                }
+            }
             let mut all = items.clone();
-            all.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.place.cmp(&b.place)));
+            all.sort();
             let mut tokens = 0;
-            let cut = all.iter().take_while(|i| (tokens < budget, tokens += i.tokens as usize).0).count();
+            let cut = all.iter().take_while(|i| (tokens < budget, tokens += i.tokens()).0).count();
             assert_eq!(top.finish(), &all[..cut], "budget {budget}");
         }
     }

@@ -3,6 +3,13 @@
 //! Leaves hold almost equally many points, never more than the target, so pages come out full. Cost is `n log n` with a
 //! constant of one dot product a point and level; centres are found on a bounded sample.
 
+use super::codebook::Codes;
+use crate::index::MAX_DIM;
+use crate::simd::Isa;
+use crate::simd::vectorise::{
+    Kernel, add, add_scaled, distance_sq, dot, dot_bytes, largest, nearest_byte, vectorised,
+};
+
 /// Points that a cut looks at to find its direction.
 const SAMPLE: usize = 256;
 /// 2-means rounds on the sample.
@@ -27,110 +34,162 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Dot product in sixteen interleaved partial sums, which the compiler keeps in registers.
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 16];
-    let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = chunks_a.remainder().iter().zip(chunks_b.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in chunks_a.zip(chunks_b) {
-        for ((s, x), y) in sums.iter_mut().zip(x).zip(y) {
-            *s += x * y;
-        }
-    }
-    sums.iter().sum::<f32>() + rest
-}
-
 /// Orders the rows so that consecutive leaves of at most `target` rows are clusters. Returns the order and the leaf sizes.
-pub(crate) fn bisect(rows: Rows<'_>, target: usize) -> (Vec<u32>, Vec<u32>) {
+pub(crate) fn bisect(isa: Isa, rows: Rows<'_>, codes: &Codes, target: usize) -> (Vec<u32>, Vec<u32>) {
     let n = rows.len();
     let mut order: Vec<u32> = (0..n as u32).collect();
     let mut sizes = vec![0u32; n.div_ceil(target)];
     if n > 0 {
-        split(rows, &mut order, &mut sizes);
+        Cut { isa, rows, codes }.split(&mut order, &mut sizes);
     }
     (order, sizes)
 }
 
-fn split(rows: Rows<'_>, order: &mut [u32], sizes: &mut [u32]) {
-    if sizes.len() == 1 {
-        order.sort_unstable();
-        sizes[0] = order.len() as u32;
-        return;
-    }
-    let (n, leaves) = (order.len(), sizes.len());
-    let (direction, threshold) = two_means(rows, order);
-    let mut keyed: Vec<(f32, u32)> = order.iter().map(|&i| (dot(rows.row(i), &direction), i)).collect();
-    let below = keyed.iter().filter(|k| k.0 < threshold).count();
-    // Neither side takes less than a quarter, so the depth stays logarithmic on any data.
-    let quarter = (leaves / 4).max(1);
-    let left = ((below * leaves + n / 2) / n).clamp(quarter, leaves - quarter);
-    let cut = (n * left).div_ceil(leaves);
-    if cut < n {
-        keyed.select_nth_unstable_by(cut, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    }
-    for (o, k) in order.iter_mut().zip(&keyed) {
-        *o = k.1;
-    }
-    drop(keyed);
-    let (order_left, order_right) = order.split_at_mut(cut);
-    let (sizes_left, sizes_right) = sizes.split_at_mut(left);
-    if n >= PARALLEL {
-        rayon::join(|| split(rows, order_left, sizes_left), || split(rows, order_right, sizes_right));
-    } else {
-        split(rows, order_left, sizes_left);
-        split(rows, order_right, sizes_right);
+#[derive(Clone, Copy)]
+struct Cut<'a> {
+    isa: Isa,
+    rows: Rows<'a>,
+    codes: &'a Codes,
+}
+
+impl Cut<'_> {
+    fn split(self, order: &mut [u32], sizes: &mut [u32]) {
+        if sizes.len() == 1 {
+            order.sort_unstable();
+            sizes[0] = order.len() as u32;
+            return;
+        }
+        let (n, leaves) = (order.len(), sizes.len());
+        let step = n.div_ceil(SAMPLE);
+        let mut sample = Vec::with_capacity(n.div_ceil(step) * self.rows.dim);
+        for &i in order.iter().step_by(step) {
+            sample.extend_from_slice(self.rows.row(i));
+        }
+        let plane = vectorised(self.isa, TwoMeans { sample: &sample, dim: self.rows.dim });
+        drop(sample);
+        let mut keyed = Vec::with_capacity(n);
+        vectorised(self.isa, Project { plane: &plane, codes: self.codes, order, keyed: &mut keyed });
+        let below = keyed.iter().filter(|k| k.0 < plane.threshold).count();
+        // Neither side takes less than a quarter, so the depth stays logarithmic on any data.
+        let quarter = (leaves / 4).max(1);
+        let left = ((below * leaves + n / 2) / n).clamp(quarter, leaves - quarter);
+        let cut = (n * left).div_ceil(leaves);
+        if cut < n {
+            keyed.select_nth_unstable_by(cut, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        }
+        for (o, k) in order.iter_mut().zip(&keyed) {
+            *o = k.1;
+        }
+        drop(keyed);
+        let (order_left, order_right) = order.split_at_mut(cut);
+        let (sizes_left, sizes_right) = sizes.split_at_mut(left);
+        if n >= PARALLEL {
+            rayon::join(|| self.split(order_left, sizes_left), || self.split(order_right, sizes_right));
+        } else {
+            self.split(order_left, sizes_left);
+            self.split(order_right, sizes_right);
+        }
     }
 }
 
-/// Direction and threshold of the plane between two means of a sample.
-fn two_means(rows: Rows<'_>, order: &[u32]) -> (Vec<f32>, f32) {
-    let step = order.len().div_ceil(SAMPLE);
-    let sample: Vec<u32> = order.iter().step_by(step).copied().collect();
-    let dim = rows.dim;
-    let mut mean = vec![0.0f32; dim];
-    for &i in &sample {
-        for (m, &x) in mean.iter_mut().zip(rows.row(i)) {
-            *m += x / sample.len() as f32;
+/// The plane between two means.
+struct Plane {
+    /// Signed codes of the direction; its length does not matter.
+    direction: [i8; MAX_DIM],
+    /// Projections in units of the direction's codes.
+    threshold: f32,
+}
+
+struct TwoMeans<'a> {
+    sample: &'a [f32],
+    dim: usize,
+}
+
+impl Kernel for TwoMeans<'_> {
+    type Output = Plane;
+
+    #[inline(always)]
+    fn run(self) -> Plane {
+        let dim = self.dim;
+        let mut buffer = [0.0f32; 6 * MAX_DIM];
+        let mut parts = buffer.chunks_exact_mut(MAX_DIM).map(|part| &mut part[..dim]);
+        let mut next = || parts.next().unwrap_or_default();
+        let (low, high, direction, mean) = (next(), next(), next(), next());
+        let sums = [next(), next()];
+        let rows = || self.sample.chunks_exact(dim);
+        let num = self.sample.len() / dim;
+        for row in rows() {
+            add_scaled(mean, 1.0 / num as f32, row);
+        }
+        // Far ends: the point farthest from the mean, and the point farthest from that one.
+        low.copy_from_slice(far(self.sample, mean));
+        high.copy_from_slice(far(self.sample, low));
+        let mut threshold = 0.0;
+        for _ in 0..ROUNDS {
+            for ((d, &h), &l) in direction.iter_mut().zip(high.iter()).zip(low.iter()) {
+                *d = h - l;
+            }
+            threshold = 0.5 * (dot(high, direction) + dot(low, direction));
+            sums[0].fill(0.0);
+            sums[1].fill(0.0);
+            let mut counts = [0usize; 2];
+            for row in rows() {
+                let side = usize::from(dot(row, direction) >= threshold);
+                counts[side] += 1;
+                add(sums[side], row);
+            }
+            if counts.contains(&0) {
+                break;
+            }
+            for (c, &s) in low.iter_mut().zip(sums[0].iter()) {
+                *c = s / counts[0] as f32;
+            }
+            for (c, &s) in high.iter_mut().zip(sums[1].iter()) {
+                *c = s / counts[1] as f32;
+            }
+        }
+        let mut codes = [0i8; MAX_DIM];
+        let unit = largest(direction) / 127.0;
+        if unit >= f32::MIN_POSITIVE {
+            for (code, &d) in codes.iter_mut().zip(direction.iter()) {
+                *code = nearest_byte(d / unit);
+            }
+            threshold /= unit;
+        }
+        Plane { direction: codes, threshold }
+    }
+}
+
+/// The row farthest from a point, the first of equals.
+#[inline(always)]
+fn far<'a>(sample: &'a [f32], from: &[f32]) -> &'a [f32] {
+    let mut best = (f32::NEG_INFINITY, from.len());
+    for (i, row) in sample.chunks_exact(from.len()).enumerate() {
+        let d = distance_sq(row, from);
+        if d > best.0 {
+            best = (d, i * from.len());
         }
     }
-    // Far ends: the point farthest from the mean, and the point farthest from that one.
-    let far = |from: &[f32]| {
-        let mut best = (f32::NEG_INFINITY, sample[0]);
-        for &i in &sample {
-            let d: f32 = rows.row(i).iter().zip(from).map(|(a, b)| (a - b) * (a - b)).sum();
-            if d > best.0 {
-                best = (d, i);
-            }
-        }
-        best.1
-    };
-    let a = rows.row(far(&mean));
-    let mut low = a.to_vec();
-    let mut high = rows.row(far(a)).to_vec();
-    let mut direction = vec![0.0f32; dim];
-    let mut threshold = 0.0;
-    for _ in 0..ROUNDS {
-        for ((d, &h), &l) in direction.iter_mut().zip(&high).zip(&low) {
-            *d = h - l;
-        }
-        threshold = 0.5 * (dot(&high, &direction) + dot(&low, &direction));
-        let mut sums = [vec![0.0f32; dim], vec![0.0f32; dim]];
-        let mut counts = [0usize; 2];
-        for &i in &sample {
-            let side = usize::from(dot(rows.row(i), &direction) >= threshold);
-            counts[side] += 1;
-            for (s, &x) in sums[side].iter_mut().zip(rows.row(i)) {
-                *s += x;
-            }
-        }
-        if counts.contains(&0) {
-            break;
-        }
-        for (centre, (sum, count)) in [&mut low, &mut high].into_iter().zip(sums.iter().zip(counts)) {
-            for (c, s) in centre.iter_mut().zip(sum) {
-                *c = s / count as f32;
-            }
+    sample.get(best.1..best.1 + from.len()).unwrap_or(&sample[..from.len()])
+}
+
+struct Project<'a> {
+    plane: &'a Plane,
+    codes: &'a Codes,
+    order: &'a [u32],
+    keyed: &'a mut Vec<(f32, u32)>,
+}
+
+impl Kernel for Project<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let stride = self.codes.stride;
+        let direction = &self.plane.direction[..stride];
+        for &i in self.order {
+            let row = &self.codes.rows[i as usize * stride..][..stride];
+            self.keyed.push((dot_bytes(row, direction) as f32 * self.codes.scale[i as usize], i));
         }
     }
-    (direction, threshold)
 }

@@ -20,23 +20,22 @@ impl Dci {
     /// Builds from a checked batch into an empty index.
     pub(super) fn build_all(&mut self, batch: &Batch<'_>) {
         let dim = self.pages.dim;
-        let n = batch.ids.len();
+        if batch.ids.is_empty() {
+            return;
+        }
         self.pages.frame.settle(batch.keys, batch.values);
-        let mut keys = vec![0.0f32; n * dim];
+        let mut keys = vec![0.0f32; batch.keys.len()];
         self.pages.frame.key_in(batch.keys, &mut keys);
         let rows = Rows { data: &keys, dim };
-        let (order, sizes) = bisect(rows, LANES);
+        let codes = Codes::of(&keys, dim);
+        let (order, sizes) = bisect(self.isa, rows, &codes, LANES);
         let mut pack = Pack { members: leaves(&order, &sizes), blocks: Vec::new() };
-        regroup(rows, &mut pack);
-        let mut codes = Codes::new(n, dim);
-        for (i, row) in keys.chunks_exact(dim).enumerate() {
-            codes.set(i, row);
-        }
         for _ in 0..ROUNDS {
-            let nearby = nearby(self.isa, rows, &pack);
-            refine::round(self.isa, rows, &codes, &mut pack, &nearby);
-            regroup(rows, &mut pack);
+            let means = regroup(self.isa, rows, &mut pack);
+            let nearby = nearby(self.isa, Rows { data: &means, dim }, &pack);
+            refine::round(self.isa, &codes, &means, &mut pack, &nearby);
         }
+        regroup(self.isa, rows, &mut pack);
         self.pages.blocks.add_blocks(pack.blocks.len());
         let mut buffer = vec![0.0f32; 3 * LANES * dim];
         let mut ids = [0u32; LANES];
@@ -69,7 +68,8 @@ impl Dci {
             let level = self.tree.top();
             let below = if level == 0 { &self.pages.blocks } else { &self.tree.levels[level - 1] };
             let centres = block_means(below);
-            let (order, sizes) = bisect(Rows { data: &centres, dim }, NODE_FILL);
+            let (order, sizes) =
+                bisect(self.isa, Rows { data: &centres, dim }, &Codes::of(&centres, dim), NODE_FILL);
             let mut rest = order.as_slice();
             let groups: Vec<Vec<u32>> = sizes
                 .iter()
@@ -95,17 +95,18 @@ fn leaves(order: &[u32], sizes: &[u32]) -> Vec<Vec<u32>> {
     sizes.iter().map(take).collect()
 }
 
-/// Groups the pages into blocks by their means.
-fn regroup(rows: Rows<'_>, pack: &mut Pack) {
-    let means = refine::page_means(rows, pack);
-    let (order, sizes) = bisect(Rows { data: &means, dim: rows.dim }, NODE_FILL);
+/// Groups the pages into blocks by their means `[pages, dim]`, which it returns.
+fn regroup(isa: Isa, rows: Rows<'_>, pack: &mut Pack) -> Vec<f32> {
+    let means = refine::page_means(isa, rows, pack);
+    let (order, sizes) =
+        bisect(isa, Rows { data: &means, dim: rows.dim }, &Codes::of(&means, rows.dim), NODE_FILL);
     pack.blocks = leaves(&order, &sizes);
+    means
 }
 
 /// The blocks nearest to each block by the means of their pages' means, itself left out.
-fn nearby(isa: Isa, rows: Rows<'_>, pack: &Pack) -> Vec<Vec<u32>> {
-    let dim = rows.dim;
-    let means = refine::page_means(rows, pack);
+fn nearby(isa: Isa, means: Rows<'_>, pack: &Pack) -> Vec<Vec<u32>> {
+    let dim = means.dim;
     let num = pack.blocks.len();
     let mut book = Codebook::new(num.div_ceil(LANES), dim);
     let mut points = Codes::new(num, dim);
@@ -113,7 +114,7 @@ fn nearby(isa: Isa, rows: Rows<'_>, pack: &Pack) -> Vec<Vec<u32>> {
     for (block, pages) in pack.blocks.iter().enumerate() {
         mean.fill(0.0);
         for &page in pages {
-            for (m, &x) in mean.iter_mut().zip(&means[page as usize * dim..]) {
+            for (m, &x) in mean.iter_mut().zip(means.row(page)) {
                 *m += x / pages.len() as f32;
             }
         }

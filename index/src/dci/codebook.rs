@@ -26,8 +26,17 @@ impl Codes {
     /// Writes point `i` from `row` `[dim]` f32.
     pub fn set(&mut self, i: usize, row: &[f32]) {
         let codes = &mut self.rows[i * self.stride..][..row.len()];
-        self.scale[i] = quantise(row, codes);
+        self.scale[i] = quantise(Isa::detect(), row, codes);
         self.offset[i] = 128 * codes.iter().map(|&c| i32::from(c)).sum::<i32>();
+    }
+
+    /// All rows `[n, dim]` of `data`.
+    pub fn of(data: &[f32], dim: usize) -> Self {
+        let mut codes = Self::new(data.len() / dim, dim);
+        for (i, row) in data.chunks_exact(dim).enumerate() {
+            codes.set(i, row);
+        }
+        codes
     }
 
     /// Copies point `from` of `other` to point `to`.
@@ -69,7 +78,7 @@ impl Codebook {
     pub fn set(&mut self, entry: usize, row: &[f32]) {
         let mut codes = [0i8; MAX_DIM];
         let codes = &mut codes[..self.dim];
-        let scale = quantise(row, codes);
+        let scale = quantise(Isa::detect(), row, codes);
         let stride = quads_of(self.dim) * QUAD * LANES;
         let base = (entry / LANES) * stride + (entry % LANES) * QUAD;
         for (quad, codes) in codes.chunks(QUAD).enumerate() {

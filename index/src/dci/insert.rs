@@ -2,9 +2,12 @@
 
 use super::Dci;
 use super::bisect::{Rows, bisect};
+use super::codebook::Codes;
 use crate::blocks::{Blocks, LANES};
 use crate::index::Batch;
 use crate::pages::Members;
+use crate::simd::Isa;
+use crate::simd::dense;
 
 /// Young tokens that wait before a page is made of sixteen of them.
 const YOUNG_MAX: usize = 512;
@@ -30,37 +33,49 @@ impl Dci {
     fn seal_oldest(&mut self) {
         let dim = self.pages.dim;
         let young = &self.pages.young;
-        let num = self.pages.num_young;
-        let mut keys = vec![0.0f32; num * dim];
-        for (e, row) in keys.chunks_exact_mut(dim).enumerate() {
-            young.read_key(e, row);
-        }
-        let oldest = (0..num).min_by_key(|&e| young.child[e]).unwrap_or(0);
-        let mut centre = keys[oldest * dim..(oldest + 1) * dim].to_vec();
-        let mut chosen: Vec<usize> = Vec::new();
+        let oldest = (0..self.pages.num_young).min_by_key(|&e| young.child[e]).unwrap_or(0);
+        let mut rows = vec![0.0f32; (2 * LANES + 1) * dim];
+        let (keys, rest) = rows.split_at_mut(LANES * dim);
+        let (values, centre) = rest.split_at_mut(LANES * dim);
+        young.read_key(oldest, centre);
+        let mut chosen = Vec::new();
+        // The neighbours of the token, then the neighbours of their mean.
         for _ in 0..2 {
-            chosen = nearest(&keys, &centre, oldest);
+            chosen = self.nearest_young(centre, oldest);
+            for (&e, row) in chosen.iter().zip(keys.chunks_exact_mut(dim)) {
+                young.read_key(e, row);
+            }
             centre.fill(0.0);
-            for &e in &chosen {
-                for (c, &x) in centre.iter_mut().zip(&keys[e * dim..(e + 1) * dim]) {
+            for row in keys.chunks_exact(dim) {
+                for (c, &x) in centre.iter_mut().zip(row) {
                     *c += x / LANES as f32;
                 }
             }
         }
-        chosen.sort_unstable();
-        let ids: Vec<u32> = chosen.iter().map(|&e| young.child[e]).collect();
-        let mut key_rows = vec![0.0f32; LANES * dim];
-        let mut value_rows = vec![0.0f32; LANES * dim];
-        for (i, &e) in chosen.iter().enumerate() {
-            key_rows[i * dim..(i + 1) * dim].copy_from_slice(&keys[e * dim..(e + 1) * dim]);
-            young.read_value(e, &mut value_rows[i * dim..(i + 1) * dim]);
+        for (&e, row) in chosen.iter().zip(values.chunks_exact_mut(dim)) {
+            young.read_value(e, row);
         }
-        let entry = self.room_for_page(&centre);
-        self.pages.seal(entry, Members { ids: &ids, keys: &key_rows, values: &value_rows });
+        let ids: Vec<u32> = chosen.iter().map(|&e| young.child[e]).collect();
+        let entry = self.room_for_page(centre);
+        self.pages.seal(entry, Members { ids: &ids, keys, values });
         for &e in chosen.iter().rev() {
             self.pages.drop_young(e);
         }
         self.tree.refresh(&self.pages.blocks, entry / LANES);
+    }
+
+    /// The sixteen young entries nearest to `centre`, `must` among them, in order of entry.
+    fn nearest_young(&self, centre: &[f32], must: usize) -> Vec<usize> {
+        let young = &self.pages.young;
+        let mut near: Vec<(f32, usize)> = Vec::with_capacity(young.count.len());
+        let mut finder = Finder::new(self.isa, centre);
+        for block in 0..young.num_blocks() {
+            finder.visit(young, block, |e, d| near.push((if e == must { -1.0 } else { d }, e)));
+        }
+        near.select_nth_unstable_by(LANES - 1, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let mut chosen: Vec<usize> = near[..LANES].iter().map(|x| x.1).collect();
+        chosen.sort_unstable();
+        chosen
     }
 
     /// An empty page entry in the block nearest to `key`; splits the block when it is full.
@@ -81,35 +96,29 @@ impl Dci {
 
     /// Squared distance of `key` to the nearest page of a block.
     fn distance(&self, block: usize, key: &[f32]) -> f32 {
-        let mut row = vec![0.0f32; self.pages.dim];
-        Blocks::entries(block)
-            .filter(|&e| self.pages.blocks.count[e] > 0)
-            .map(|e| {
-                self.pages.blocks.read_key(e, &mut row);
-                row.iter().zip(key).map(|(a, b)| (a - b) * (a - b)).sum::<f32>()
-            })
-            .fold(f32::INFINITY, f32::min)
+        let mut least = f32::INFINITY;
+        Finder::new(self.isa, key).visit(&self.pages.blocks, block, |_, d| least = least.min(d));
+        least
     }
 
     /// Page block whose super-node summary is nearest to `key`, found from the top down.
     fn nearest_block(&self, key: &[f32]) -> usize {
-        let mut row = vec![0.0f32; self.pages.dim];
-        let mut blocks: Vec<usize> = match self.tree.levels.last() {
-            None => return (0..self.pages.blocks.num_blocks()).last().unwrap_or(0),
-            Some(top) => (0..top.num_blocks()).collect(),
-        };
+        let mut finder = Finder::new(self.isa, key);
+        let top = self.tree.levels.last().map_or(0, Blocks::num_blocks);
+        // Without levels there is one block at most.
+        let mut blocks = 0..top.max(1);
         for nodes in self.tree.levels.iter().rev() {
             let mut best = (f32::INFINITY, 0);
-            for e in blocks.iter().flat_map(|&b| Blocks::entries(b)).filter(|&e| nodes.count[e] > 0) {
-                nodes.read_key(e, &mut row);
-                let d = row.iter().zip(key).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
-                if d < best.0 {
-                    best = (d, nodes.child[e] as usize);
-                }
+            for block in blocks {
+                finder.visit(nodes, block, |e, d| {
+                    if d < best.0 {
+                        best = (d, nodes.child[e] as usize);
+                    }
+                });
             }
-            blocks = vec![best.1];
+            blocks = best.1..best.1 + 1;
         }
-        blocks[0]
+        blocks.start
     }
 
     /// Moves half of a full page block to a new block and gives it a place in the tree.
@@ -119,7 +128,8 @@ impl Dci {
         for (e, row) in Blocks::entries(block).zip(keys.chunks_exact_mut(dim)) {
             self.pages.blocks.read_key(e, row);
         }
-        let (order, sizes) = bisect(Rows { data: &keys, dim }, LANES / 2);
+        let (order, sizes) =
+            bisect(Isa::detect(), Rows { data: &keys, dim }, &Codes::of(&keys, dim), LANES / 2);
         let other = self.pages.blocks.add_blocks(1);
         self.tree.track(0, other + 1);
         for (i, &lane) in order[sizes[0] as usize..].iter().enumerate() {
@@ -132,16 +142,29 @@ impl Dci {
     }
 }
 
-/// The sixteen entries nearest to `centre`, `must` among them.
-fn nearest(keys: &[f32], centre: &[f32], must: usize) -> Vec<usize> {
-    let mut by_distance: Vec<(f32, usize)> = keys
-        .chunks_exact(centre.len())
-        .enumerate()
-        .map(|(e, row)| {
-            let d: f32 = row.iter().zip(centre).map(|(a, b)| (a - b) * (a - b)).sum();
-            (if e == must { -1.0 } else { d }, e)
-        })
-        .collect();
-    by_distance.select_nth_unstable_by(LANES - 1, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    by_distance[..LANES].iter().map(|x| x.1).collect()
+/// Squared distances of one vector to the entries of blocks, by eight-bit codes.
+struct Finder {
+    isa: Isa,
+    row: Vec<i8>,
+    scale: f32,
+    offset: i32,
+    norm: f32,
+}
+
+impl Finder {
+    fn new(isa: Isa, key: &[f32]) -> Self {
+        let codes = Codes::of(key, key.len());
+        let norm = key.iter().map(|x| x * x).sum();
+        Self { isa, scale: codes.scale[0], offset: codes.offset[0], row: codes.rows, norm }
+    }
+
+    /// Calls `visit(entry, squared distance)` for the entries of a block that hold tokens.
+    fn visit(&mut self, blocks: &Blocks, block: usize, mut visit: impl FnMut(usize, f32)) {
+        let mut dots = [0i32; LANES];
+        dense::dots(self.isa, blocks.block_keys(block), &self.row, &mut dots);
+        for (e, dot) in Blocks::entries(block).zip(dots).filter(|x| blocks.count[x.0] > 0) {
+            let product = (dot - self.offset) as f32 * (self.scale * blocks.key_scale[e]);
+            visit(e, self.norm - 2.0 * product + blocks.key_norm[e]);
+        }
+    }
 }

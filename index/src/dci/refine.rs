@@ -2,7 +2,7 @@
 //! that brings both together closer to their pages' means.
 //!
 //! Lloyd's algorithm under a capacity. A round lets every token look at the pages of its own and the nearest super-nodes
-//! (eight-bit dot products), then applies the wishes in order of gain, each checked in f32 against the means of the round's start.
+//! (eight-bit dot products), then the wishes are granted in order of gain, measured against the means of the round's start.
 
 use rayon::prelude::*;
 
@@ -10,6 +10,7 @@ use super::bisect::Rows;
 use super::codebook::{Codebook, Codes};
 use crate::blocks::LANES;
 use crate::simd::Isa;
+use crate::simd::vectorise::{Kernel, add_scaled, dot, dot_bytes, vectorised};
 
 /// Pages as lists of rows, grouped into blocks of at most 16 pages.
 #[derive(Clone, Debug)]
@@ -29,89 +30,133 @@ struct Wish {
     to: u32,
 }
 
-fn mean_of(rows: Rows<'_>, members: &[u32], mean: &mut [f32]) {
-    mean.fill(0.0);
-    let share = 1.0 / members.len().max(1) as f32;
-    for &i in members {
-        for (m, &x) in mean.iter_mut().zip(rows.row(i)) {
-            *m += share * x;
+struct Mean<'a> {
+    rows: Rows<'a>,
+    members: &'a [u32],
+    mean: &'a mut [f32],
+}
+
+impl Kernel for Mean<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.mean.fill(0.0);
+        let share = 1.0 / self.members.len().max(1) as f32;
+        for &i in self.members {
+            add_scaled(self.mean, share, self.rows.row(i));
         }
     }
 }
 
-/// `x.c - |c|^2 / 2`, the closeness of the codebook in f32.
-fn closeness(x: &[f32], centre: &[f32], half_norm: f32) -> f32 {
-    super::bisect::dot(x, centre) - half_norm
-}
-
 /// Mean rows of all pages, `[pages, dim]`.
-pub(crate) fn page_means(rows: Rows<'_>, pack: &Pack) -> Vec<f32> {
+pub(crate) fn page_means(isa: Isa, rows: Rows<'_>, pack: &Pack) -> Vec<f32> {
     let mut means = vec![0.0f32; pack.members.len() * rows.dim];
-    means
-        .par_chunks_mut(rows.dim)
-        .zip(&pack.members)
-        .for_each(|(mean, members)| mean_of(rows, members, mean));
+    let mean = |(mean, members): (&mut [f32], &Vec<u32>)| vectorised(isa, Mean { rows, members, mean });
+    means.par_chunks_mut(rows.dim).zip(&pack.members).for_each(mean);
     means
 }
 
-/// One round; returns how many tokens changed page.
-pub(crate) fn round(isa: Isa, rows: Rows<'_>, codes: &Codes, pack: &mut Pack, nearby: &[Vec<u32>]) -> usize {
-    let dim = rows.dim;
-    let means = page_means(rows, pack);
+/// One round against the page means `means` `[pages, dim]`; returns how many tokens changed page.
+pub(crate) fn round(isa: Isa, codes: &Codes, means: &[f32], pack: &mut Pack, nearby: &[Vec<u32>]) -> usize {
+    let dim = means.len() / pack.members.len().max(1);
     let mut book = Codebook::new(pack.blocks.len(), dim);
     for (block, pages) in pack.blocks.iter().enumerate() {
         for (lane, &page) in pages.iter().enumerate() {
             book.set(block * LANES + lane, &means[page as usize * dim..][..dim]);
         }
     }
-    let mut wishes: Vec<Wish> = (0..pack.blocks.len())
+    let found: Vec<(Vec<(u32, f32)>, Vec<Wish>)> = (0..pack.blocks.len())
         .into_par_iter()
-        .flat_map_iter(|block| wishes_of(isa, codes, pack, &book, (block, &nearby[block])))
+        .map(|block| wishes_of(isa, codes, pack, &book, (block, &nearby[block])))
         .collect();
+    let mut own = vec![0.0f32; codes.scale.len()];
+    for &(token, close) in found.iter().flat_map(|f| &f.0) {
+        own[token as usize] = close;
+    }
+    let mut wishes: Vec<Wish> = found.into_iter().flat_map(|f| f.1).collect();
     wishes.sort_unstable_by(|a, b| b.gain.total_cmp(&a.gain).then(a.token.cmp(&b.token)));
-    let half_norm: Vec<f32> = means.chunks_exact(dim).map(|m| 0.5 * super::bisect::dot(m, m)).collect();
-    let close = |token: u32, page: u32| {
-        let page = page as usize;
-        closeness(rows.row(token), &means[page * dim..][..dim], half_norm[page])
-    };
-    let mut moved = 0;
-    for wish in wishes {
+    let mut trade = Trade { codes, means: Codes::of(means, dim), half_norm: Vec::new(), own };
+    trade.half_norm = means.chunks_exact(dim).map(|m| 0.5 * dot(m, m)).collect();
+    wishes.into_iter().map(|wish| trade.grant(isa, pack, wish)).sum()
+}
+
+/// What the exchange knows about tokens and pages.
+struct Trade<'a> {
+    codes: &'a Codes,
+    means: Codes,
+    /// `[pages]` half the squared length of the mean.
+    half_norm: Vec<f32>,
+    /// `[tokens]` closeness to the page that the token was in at the start of the round.
+    own: Vec<f32>,
+}
+
+impl Trade<'_> {
+    /// Fulfils a wish if it still helps; returns how many tokens changed page.
+    fn grant(&mut self, isa: Isa, pack: &mut Pack, wish: Wish) -> usize {
         let (from, to) = (wish.from as usize, wish.to as usize);
         // An earlier exchange may have taken the token away.
-        let Some(place) = pack.members[from].iter().position(|&t| t == wish.token) else { continue };
-        let gain = close(wish.token, wish.to) - close(wish.token, wish.from);
-        if gain <= 0.0 {
-            continue;
-        }
+        let Some(place) = pack.members[from].iter().position(|&t| t == wish.token) else { return 0 };
         if pack.members[to].len() < LANES && pack.members[from].len() > 1 {
             pack.members[from].swap_remove(place);
             pack.members[to].push(wish.token);
-            moved += 1;
-            continue;
+            self.own[wish.token as usize] += wish.gain;
+            return 1;
         }
-        let partner = pack.members[to]
-            .iter()
-            .enumerate()
-            .map(|(at, &other)| (close(other, wish.from) - close(other, wish.to), at))
-            .fold((f32::NEG_INFINITY, 0), |best, x| if x.0 > best.0 { x } else { best });
-        if gain + partner.0 > 0.0 {
-            let other = pack.members[to][partner.1];
-            pack.members[from][place] = other;
-            pack.members[to][partner.1] = wish.token;
-            moved += 2;
+        let mut close = [0.0f32; LANES];
+        let members = &pack.members[to];
+        vectorised(isa, CloseTo { trade: self, tokens: members, page: from, out: &mut close });
+        let mut best = (f32::NEG_INFINITY, 0);
+        for (at, (&token, &close)) in members.iter().zip(&close).enumerate() {
+            let gain = close - self.own[token as usize];
+            if gain > best.0 {
+                best = (gain, at);
+            }
         }
+        if wish.gain + best.0 <= 0.0 {
+            return 0;
+        }
+        let other = pack.members[to][best.1];
+        pack.members[from][place] = other;
+        pack.members[to][best.1] = wish.token;
+        self.own[wish.token as usize] += wish.gain;
+        self.own[other as usize] += best.0;
+        2
     }
-    moved
 }
 
-/// What the tokens of one block wish, by their codes.
+/// Closeness of tokens to one page, by their codes.
+struct CloseTo<'a, 'b> {
+    trade: &'a Trade<'b>,
+    tokens: &'a [u32],
+    page: usize,
+    out: &'a mut [f32; LANES],
+}
+
+impl Kernel for CloseTo<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let (codes, means) = (self.trade.codes, &self.trade.means);
+        let stride = codes.stride;
+        let mean = &means.rows[self.page * stride..][..stride];
+        let (scale, half_norm) = (means.scale[self.page], self.trade.half_norm[self.page]);
+        for (out, &token) in self.out.iter_mut().zip(self.tokens) {
+            let row = &codes.rows[token as usize * stride..][..stride];
+            *out = dot_bytes(row, mean) as f32 * (scale * codes.scale[token as usize]) - half_norm;
+        }
+    }
+}
+
+/// How close the tokens of one block are to their pages, and what they wish.
 fn wishes_of(
     isa: Isa,
     codes: &Codes,
     pack: &Pack,
     book: &Codebook,
     (block, nearby): (usize, &[u32]),
-) -> Vec<Wish> {
+) -> (Vec<(u32, f32)>, Vec<Wish>) {
     let tokens: Vec<(u32, usize)> = pack.blocks[block]
         .iter()
         .enumerate()
@@ -143,5 +188,6 @@ fn wishes_of(
         let to = pack.blocks[entry as usize / LANES][entry as usize % LANES];
         (to != from).then_some(Wish { gain: close - own[i], token, from, to })
     };
-    (0..tokens.len()).filter_map(wish).collect()
+    let wishes = (0..tokens.len()).filter_map(wish).collect();
+    (tokens.iter().zip(&own).map(|(t, &o)| (t.0, o)).collect(), wishes)
 }

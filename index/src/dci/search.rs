@@ -21,18 +21,18 @@ impl Dci {
     ) -> Result<(), IndexError> {
         let mut pass = Pass { isa: self.isa, pages: &self.pages, scratch, found };
         pass.begin(query, exclude, params)?;
-        pass.add_all_young();
         let blocks = self.pages.blocks.num_blocks();
         let wanted = ((blocks as f64 * f64::from(params.open_fraction)).ceil() as usize).max(1);
         if self.tree.top() == 0 || (wanted >= blocks && params.node_budget == usize::MAX) {
             for block in 0..blocks {
                 pass.add_pages(block);
             }
+            pass.add_all_young();
             pass.found.frontier.candidates = pass.found.frontier.parts.len();
         } else {
             self.descend(&mut pass, wanted, params);
         }
-        pass.normalise();
+        pass.normalise(0);
         pass.select(params);
         Ok(())
     }
@@ -40,7 +40,6 @@ impl Dci {
     /// Scores nodes from the top down and opens `wanted` page blocks at most.
     fn descend(&self, pass: &mut Pass<'_>, wanted: usize, params: &SearchParams) {
         self.hide_above(pass.scratch);
-        let young = pass.found.frontier.parts.len();
         let mut opened = std::mem::take(&mut pass.scratch.opened);
         let mut ranked = std::mem::take(&mut pass.scratch.ranked);
         opened.clear();
@@ -79,11 +78,13 @@ impl Dci {
         for &block in &opened {
             pass.add_pages(block as usize);
         }
-        let opened_parts = pass.found.frontier.parts.len() - nodes;
-        pass.found.frontier.rotate(young, opened_parts);
-        pass.found.frontier.candidates = young + opened_parts;
+        pass.add_all_young();
+        let frontier = &mut pass.found.frontier;
+        let candidates = frontier.parts.len() - nodes;
+        frontier.rotate(candidates);
+        frontier.candidates = candidates;
         if params.tail == Tail::Page {
-            pass.found.frontier.truncate(young + opened_parts);
+            frontier.truncate(candidates);
             let mut next = opened.iter().peekable();
             for block in 0..self.pages.blocks.num_blocks() {
                 if next.next_if(|&&b| b as usize == block).is_none() {
@@ -130,7 +131,7 @@ fn merge(counts: &mut Vec<(u32, u32)>) {
 impl Pass<'_> {
     /// Estimated log mass of every node scored since part `first`, largest over the heads, normalised over these nodes.
     fn rank_nodes(&mut self, first: usize, ranked: &mut Vec<(f32, u32)>) {
-        self.normalise();
+        self.normalise(first);
         let norm = &self.scratch.norm;
         let frontier = &self.found.frontier;
         ranked.clear();

@@ -3,5 +3,6 @@
 pub mod codes;
 pub(crate) mod dense;
 mod isa;
+pub(crate) mod vectorise;
 
 pub use isa::{Avx2, Avx512, Isa};
