@@ -20,6 +20,19 @@ use crate::page::ShardPages;
 use crate::query::GroupQuery;
 use crate::selection::Selection;
 
+/// What one step asks of a shard's selector.
+#[derive(Clone, Copy, Debug)]
+pub struct SelectRequest<'a> {
+    /// The group's queries.
+    pub query: GroupQuery<'a>,
+    /// Keys and values of the shard.
+    pub pages: &'a ShardPages,
+    /// Most tokens to retrieve.
+    pub budget: usize,
+    /// `[group]` lse of sinks and window, which are attended already. A head that finds its mass there needs little else.
+    pub attended_lse: &'a [f32],
+}
+
 /// What one step read beside the exactly attended rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SelectCost {
@@ -53,15 +66,13 @@ pub trait Selector: Send + Sync {
     /// When the index cannot remove them.
     fn truncate(&mut self, num_tokens: TokenPos) -> Result<()>;
 
-    /// Fills `selection.retrieved` with at most `budget` positions of `selection.candidates()`, ascending.
+    /// Fills `selection.retrieved` with at most `request.budget` positions of `selection.candidates()`, ascending.
     ///
     /// # Errors
     /// When the index refuses the query.
     fn select(
         &self,
-        query: &GroupQuery<'_>,
-        pages: &ShardPages,
-        budget: usize,
+        request: &SelectRequest<'_>,
         scratch: &mut SelectScratch,
         selection: &mut Selection,
     ) -> Result<SelectCost>;
