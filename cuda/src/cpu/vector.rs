@@ -72,6 +72,7 @@ pub(super) fn sparse_decode<A: Entry, R: KvRows>(
     blocks.next_into(&mut block)?;
     while block.len() > 0 {
         blocks.next_into(&mut next)?;
+        next.touch();
         for (i, softmax) in softmax.iter_mut().enumerate() {
             let part = plan.part(i);
             let span = part.start * padded..part.end * padded;
