@@ -41,6 +41,13 @@ enum IsaName {
     Scalar,
 }
 
+/// Precisions of queries.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Queries {
+    Bf16,
+    F32,
+}
+
 /// What to measure.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -59,6 +66,9 @@ pub struct Args {
     /// Dimensions of a head.
     #[arg(long, default_value_t = 128)]
     head_dim: usize,
+    /// Precision of the queries, which are f32 in memory: models that compute in bf16 make queries that are bf16.
+    #[arg(long, value_enum, default_value = "bf16")]
+    queries: Queries,
     /// Vector instructions.
     #[arg(long, value_enum, default_value = "best")]
     isa: IsaName,
@@ -147,7 +157,10 @@ impl Bench<'_> {
         for &context in &self.args.contexts {
             let shards = Shards::<E>::random(context, d);
             for &group in &self.args.groups {
-                let q = data::queries(group, d);
+                let mut q = data::queries(group, d);
+                if let Queries::Bf16 = self.args.queries {
+                    q.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+                }
                 let error = self.verify(&shards, &q)?;
                 for (pool, bounds) in self.pools.iter().zip(self.bounds) {
                     let spread = pool.install(|| self.time(&shards, &q))?;

@@ -1,5 +1,6 @@
 //! A few rows at a time: where each lies, and the rows that come next.
 
+use super::simd::prefetch;
 use crate::rows::checked_run;
 use crate::{KernelError, KvRows, Rows};
 
@@ -32,6 +33,14 @@ impl<'a, E> Block<'a, E> {
     /// Elements of every row; 0 before the block was first filled.
     pub fn row_len(&self) -> usize {
         self.row_len
+    }
+
+    /// Asks for the first line of every row, all at once: rows lie on few or many pages, and address translations that
+    /// miss run side by side here but one after the other where each is asked for between other work.
+    pub fn touch(&self) {
+        for row in &self.rows[..self.num] {
+            prefetch(row.as_ptr());
+        }
     }
 
     /// All places, also of rows that do not count: what to prefetch.

@@ -6,6 +6,8 @@ mod attend_block;
 mod block;
 mod dense_decode;
 #[cfg(target_arch = "x86_64")]
+mod dot;
+#[cfg(target_arch = "x86_64")]
 mod entry;
 mod fma_rate;
 mod score_rows;
