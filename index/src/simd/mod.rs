@@ -1,6 +1,7 @@
 //! Vector kernels: the only place of this crate that may hold `unsafe`. Safe functions that take an [`Isa`] dispatch to them.
 
 pub mod codes;
+pub mod exp;
 mod isa;
 
 pub use isa::{Avx2, Avx512, Isa};
