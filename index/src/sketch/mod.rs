@@ -24,7 +24,7 @@
 //! key line v   [ token 0  ]  [ token 1  ]  ...     [ token 15 ]         bit b of a lane: coordinate 32 v + b
 //!
 //! value line v [ coord 0  ]  [ coord 1  ]  ...     [ coord 15 ]         byte i, bit j      of lane l: coordinate 32 v + l,
-//!              [ coord 16 ]  [ coord 17 ]  ...     [ coord 31 ]                              token 4 j + i
+//!              [ coord 16 ]  [ coord 17 ]  ...     [ coord 31 ]                              token 4 i + j
 //!                                                                       byte i, bit 4 + j: coordinate 32 v + 16 + l
 //!
 //! page of k2, dim 128:   plane 0: line 0 1 2 3 | plane 1: line 0 1 2 3        512 bytes

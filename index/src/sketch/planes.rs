@@ -141,7 +141,7 @@ impl StoreMut<'_> {
 
 /// Bits of a value line that belong to coordinate `lane` and to coordinate `16 + lane` of `token`, in the lane's word.
 fn value_bits(token: usize) -> (usize, usize) {
-    let low = 8 * (token % 4) + token / 4;
+    let low = 8 * (token / 4) + token % 4;
     (low, low + 4)
 }
 
