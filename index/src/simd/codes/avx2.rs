@@ -279,7 +279,7 @@ fn round_weights(weights: &[f32; PAGE_TOKENS], scales: [__m256; 2]) -> (f32, [i3
     (step, words, sum)
 }
 
-#[target_feature(enable = "avx2,f16c")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     first: usize,
@@ -310,8 +310,8 @@ pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
                     let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(dot, dot), middle));
                     let at = g * dims + LINE_DIMS * v + 16 * h + 8 * half;
                     let (row, _) = acc[at..].as_chunks_mut::<8>();
-                    let sum = load(&row[0]);
-                    store(&mut row[0], _mm256_add_ps(sum, _mm256_mul_ps(exact, _mm256_set1_ps(*step))));
+                    let sum = _mm256_fmadd_ps(exact, _mm256_set1_ps(*step), load(&row[0]));
+                    store(&mut row[0], sum);
                 }
             }
         }

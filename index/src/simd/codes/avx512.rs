@@ -297,33 +297,39 @@ fn dots_by_product<const HEADS: usize, const DIGITS: usize>(
     dots
 }
 
-/// A page's weights for one head, rounded.
-#[derive(Clone, Copy)]
-struct Weights {
-    table: Table,
-    step: f32,
-    sum: i32,
+/// Rounded weights of the heads of up to [`PAGES_PER_PASS`] pages.
+struct Weights<const HEADS: usize> {
+    tables: [[Table; HEADS]; PAGES_PER_PASS],
+    steps: [[f32; HEADS]; PAGES_PER_PASS],
+    offsets: [[i32; HEADS]; PAGES_PER_PASS],
 }
 
-/// Products of weights and scales as multiples of the step.
+/// Rounds a page's products of weights and scales for one head to multiples of the returned step; fills their table and
+/// returns what the codes' offset adds to every sum, in half levels.
 #[inline]
-#[target_feature(enable = "avx512f,avx512dq,avx512bw")]
-fn round_weights(weights: &[f32; PAGE_TOKENS], scales: __m512) -> Weights {
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vbmi,avx512vnni")]
+fn round_weights<const BITS: usize>(
+    weights: &[f32; PAGE_TOKENS],
+    scales: __m512,
+    table: &mut Table,
+) -> (f32, i32) {
     let products = _mm512_max_ps(_mm512_mul_ps(load(weights), scales), _mm512_setzero_ps());
     let pairs = _mm512_add_ps(products, _mm512_permute_ps::<0b10_11_00_01>(products));
     let quads = _mm512_add_ps(pairs, _mm512_permute_ps::<0b01_00_11_10>(pairs));
     let alone = _mm512_mul_ps(products, _mm512_set1_ps(1.0 / BYTE_MAX as f32));
     let need = _mm512_max_ps(alone, _mm512_mul_ps(quads, _mm512_set1_ps(1.0 / QUAD_MAX as f32)));
     let step = _mm512_reduce_max_ps(need);
-    let mut rounded = Weights { table: Table([0; 64]), step: 0.0, sum: 0 };
     if step < STEP_MIN {
-        return rounded;
+        store_table(table, _mm512_setzero_si512());
+        return (0.0, 0);
     }
     let units = _mm512_cvtps_epi32(_mm512_mul_ps(products, _mm512_set1_ps(1.0 / step)));
-    store_table(&mut rounded.table, table_of(_mm512_cvtepi32_epi8(units)));
-    rounded.step = step;
-    rounded.sum = _mm512_reduce_add_epi32(units);
-    rounded
+    let sums = table_of(_mm512_cvtepi32_epi8(units));
+    store_table(table, sums);
+    // The last entry of each quad sums all four of its tokens.
+    let all = _mm512_permutexvar_epi8(_mm512_set1_epi32(0x3F2F_1F0F), sums);
+    let offset = _mm512_dpbusd_epi32(_mm512_setzero_si512(), all, _mm512_set1_epi8((1 << BITS) - 1));
+    (step, -_mm512_cvtsi512_si32(offset))
 }
 
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vbmi,avx512vnni")]
@@ -336,18 +342,22 @@ pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
 ) {
     let (per_page, group) = (codes.lines_per_page(), weights.len() / (pages.len() * PAGE_TOKENS));
     let (lines, dims) = (per_page / BITS, acc.len() / HEADS);
-    let mut rounded = [[Weights { table: Table([0; 64]), step: 0.0, sum: 0 }; HEADS]; PAGES_PER_PASS];
+    let mut rounded = Weights::<HEADS> {
+        tables: [[Table([0; 64]); HEADS]; PAGES_PER_PASS],
+        steps: [[0.0; HEADS]; PAGES_PER_PASS],
+        offsets: [[0; HEADS]; PAGES_PER_PASS],
+    };
     let mut used = [0u32; PAGES_PER_PASS];
     let mut num_used = 0;
     for (&page, weights) in pages.iter().zip(weights.chunks_exact(group * PAGE_TOKENS)) {
         let scales = load_scales(&codes.scales[page as usize]);
         let (weights, _) = weights[first * PAGE_TOKENS..].as_chunks::<PAGE_TOKENS>();
-        let rounded = &mut rounded[num_used];
-        for (rounded, weights) in rounded.iter_mut().zip(weights) {
-            *rounded = round_weights(weights, scales);
+        let (steps, offsets) = (&mut rounded.steps[num_used], &mut rounded.offsets[num_used]);
+        for (g, table) in rounded.tables[num_used].iter_mut().enumerate() {
+            (steps[g], offsets[g]) = round_weights::<BITS>(&weights[g], scales, table);
         }
         used[num_used] = page;
-        num_used += usize::from(rounded.iter().any(|of_head| of_head.step > 0.0));
+        num_used += usize::from(steps.iter().any(|step| *step > 0.0));
     }
     for v in 0..lines {
         let mut sums = [[_mm512_setzero_ps(); HEADS]; 2];
@@ -356,23 +366,23 @@ pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
                 *sum = load(&acc[g * dims + LINE_DIMS * v + 16 * h..].as_chunks().0[0]);
             }
         }
-        for (&page, rounded) in used[..num_used].iter().zip(&rounded) {
+        for (i, &page) in used[..num_used].iter().enumerate() {
             let page_lines = &codes.lines[page as usize * per_page..][..per_page];
             let mut planes = [[_mm512_setzero_si512(); 2]; BITS];
             for (plane, to) in planes.iter_mut().enumerate() {
                 *to = indexes(load_line(&page_lines[plane * lines + v]));
             }
-            for (h, sums) in sums.iter_mut().enumerate() {
-                for (sum, of_head) in sums.iter_mut().zip(rounded) {
-                    let table = load_table(&of_head.table);
-                    let mut exact = _mm512_set1_epi32(-((1 << BITS) - 1) * of_head.sum);
+            for g in 0..HEADS {
+                let table = load_table(&rounded.tables[i][g]);
+                let step = _mm512_set1_ps(rounded.steps[i][g]);
+                for (h, sums) in sums.iter_mut().enumerate() {
+                    let mut exact = _mm512_set1_epi32(rounded.offsets[i][g]);
                     for (plane, indexes) in planes.iter().enumerate() {
                         let quads = _mm512_permutexvar_epi8(indexes[h], table);
                         // Twice the plane's place: levels are odd integers.
                         exact = _mm512_dpbusd_epi32(exact, quads, _mm512_set1_epi8(2 << (BITS - 1 - plane)));
                     }
-                    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(of_head.step));
-                    *sum = _mm512_add_ps(*sum, scaled);
+                    sums[g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), step, sums[g]);
                 }
             }
         }

@@ -1,8 +1,8 @@
 //! Kernels over low-bit codes: fit and encode, score a page's tokens, sum a page's weighted values.
 //!
-//! Every sum whose order could matter is either an integer sum or a fixed tree over sixteen interleaved partial sums, and no
-//! multiplication is fused with an addition. Codes, scales, scores and sums are therefore **bit-identical** on every
-//! instruction set; `scalar` is the definition, `avx2` and `avx512` repeat it.
+//! Every sum whose order could matter is an integer sum, a fixed tree over sixteen interleaved partial sums, or taken page by page; a
+//! multiplication is fused with an addition either by all versions or by none. Codes, scales, scores and sums are therefore
+//! **bit-identical** on every instruction set; `scalar` is the definition, `avx2` and `avx512` repeat it.
 //!
 //! A code `c` of `bits` bits stands for the odd level `2c - (2^bits - 1)` times the token's scale: -1, 1 for one bit; -3, -1,
 //! 1, 3 for two; -15, -13, ..., 15 for four. Plane 0 holds the top bit of every code, which is its sign, plane 1 the next

@@ -169,7 +169,8 @@ pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
                     }
                     for (lane, dot) in dots.iter().enumerate() {
                         let exact = 2 * dot - ((1 << BITS) - 1) * sum;
-                        acc[g * dims + LINE_DIMS * v + 16 * h + lane] += exact as f32 * step;
+                        let acc = &mut acc[g * dims + LINE_DIMS * v + 16 * h + lane];
+                        *acc = (exact as f32).mul_add(step, *acc);
                     }
                 }
             }
