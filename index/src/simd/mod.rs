@@ -2,6 +2,7 @@
 
 pub mod codes;
 pub mod exp;
+pub(crate) mod hadamard;
 mod isa;
 
 pub use isa::{Avx2, Avx512, Isa};

@@ -99,15 +99,23 @@ impl Sketch {
     }
 }
 
-/// The step that a head's rotated query is rounded to; zero for a query too small to have one.
+/// The step that a head's rotated query (a multiple of 32 coordinates) is rounded to; zero for a query too small to have one.
 fn step_of(row: &[f32], digits: usize) -> f32 {
-    let most = row.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    // Eight running maxima, so that a step of the loop does not wait for the one before.
+    let (mut most, mut quads) = ([0.0f32; 8], [0.0f32; 8]);
+    let greater = |a: f32, b: f32| if a > b { a } else { b };
+    for block in row.as_chunks::<LINE_DIMS>().0 {
+        for (lane, quad) in block.as_chunks::<4>().0.iter().enumerate() {
+            let [a, b, c, d] = quad.map(f32::abs);
+            most[lane] = greater(greater(greater(a, b), greater(c, d)), most[lane]);
+            quads[lane] = greater((a + b) + (c + d), quads[lane]);
+        }
+    }
+    let (most, quad) = (most.into_iter().fold(0.0, greater), quads.into_iter().fold(0.0, greater));
     let step = if digits == 2 {
         most / TWO_DIGITS_MAX as f32
     } else {
-        let quads = row.as_chunks::<4>().0.iter();
-        let quad = quads.fold(0.0f32, |most, quad| most.max(quad.iter().map(|x| x.abs()).sum()));
-        (most / BYTE_MAX as f32).max(quad / QUAD_MAX as f32)
+        greater(most / BYTE_MAX as f32, quad / QUAD_MAX as f32)
     };
     // Below this the inverse leaves the range of f32.
     if step < 1e-30 { 0.0 } else { step }
