@@ -1,12 +1,12 @@
 //! The sketch against its own decoded residuals in f64, against theory, and across instruction sets bit by bit.
 
-mod common;
+mod trace;
 
-use common::Trace;
 use floe_index::Query;
 use floe_index::simd::Isa;
 use floe_index::sketch::{EncodeScratch, PreparedQuery, Sketch, SketchConfig};
 use proptest::prelude::*;
+use trace::Trace;
 
 /// Standard normal numbers by Box and Muller over SplitMix64.
 struct Gaussian(u64);
