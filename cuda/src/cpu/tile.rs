@@ -10,11 +10,8 @@
 )]
 
 use super::dot::Dot;
-use super::simd::{LANES_MAX, Simd, prefetch};
+use super::simd::{LANES_MAX, LINE, Simd, prefetch};
 use crate::KvElem;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// One chunk of a value of `head_dim` elements: the part from `at` on, zeros after the last.
 ///

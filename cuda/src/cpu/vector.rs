@@ -86,6 +86,7 @@ pub(super) fn sparse_decode<A: Entry, R: KvRows>(
     let mut blocks = Blocks::new(attend.rows, which);
     let (mut block, mut next) = (Block::empty(), Block::empty());
     blocks.next_into(&mut block)?;
+    block.fetch();
     while block.len() > 0 {
         blocks.next_into(&mut next)?;
         next.touch();
