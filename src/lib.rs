@@ -1,1 +1,42 @@
-//! floe: a long-context sparse KV retrieval engine.
+#![doc = include_str!("../ARCHITECTURE.md")]
+#![deny(unsafe_code)]
+
+pub mod config;
+pub mod error;
+pub mod ids;
+pub mod query;
+pub mod selection;
+pub mod shape;
+pub mod state;
+pub mod step;
+pub mod view;
+
+mod decode;
+pub mod engine;
+mod prefill;
+mod sequence;
+
+pub mod attend;
+pub mod page;
+pub mod plan;
+pub mod reuse;
+pub mod select;
+pub mod transfer;
+
+pub mod replay;
+pub mod report;
+pub mod trace;
+
+pub use config::Config;
+pub use engine::{DecodeStep, Engine, SequenceMemory};
+pub use error::{Error, Result};
+pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};
+pub use select::{Policy, SpecError};
+pub use shape::{HeadShape, KvDtype};
+pub use step::{ShardReport, StepReport};
+pub use view::TensorView;
+
+/// Compiles the README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,3 +1,27 @@
-//! The `floe-bench` command.
+//! The `floe-bench` command: measurements of floe. Every case verifies its answer before it is timed.
 
-fn main() {}
+mod attend;
+mod machine;
+mod stats;
+
+use clap::{Parser, Subcommand};
+
+/// Measures floe; every case verifies its answer before it is timed.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Exact attention of one group of query heads over a long context, against the memory bandwidth.
+    Attend(attend::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Attend(args) => attend::run(&args),
+    }
+}

@@ -17,6 +17,8 @@ pub struct Scratch {
     /// Excluded young entries, sorted.
     pub(crate) hidden_young: Vec<u32>,
     pub(crate) top: TopK,
+    /// `[group]` log mass attended anyway, without the centre's share; empty = unknown.
+    pub(crate) attended: Vec<f32>,
     /// `[group]` log normaliser.
     pub(crate) norm: Vec<f32>,
     /// `[group, 16]` partial sums, weights.

@@ -67,6 +67,11 @@ impl Pass<'_> {
         let scratch = &mut *self.scratch;
         scratch.q.resize(query.q.len(), 0.0);
         self.pages.frame.query_in(query.q, &mut scratch.q);
+        let heads = query.q.chunks_exact(self.pages.dim);
+        scratch.attended.clear();
+        let attended =
+            query.attended_lse.iter().zip(heads).map(|(lse, q)| lse - self.pages.frame.bias(q) * query.scale);
+        scratch.attended.extend(attended);
         scratch.quant.set(&scratch.q, query, NODE_SPREAD);
         self.found.clear();
         self.found.frontier.group = query.group;
@@ -169,10 +174,17 @@ impl Pass<'_> {
         at
     }
 
-    /// Log normaliser of each head over everything scored since part `first`.
+    /// Log normaliser of each head over everything scored since part `first` and what is attended anyway.
     pub fn normalise(&mut self, first: usize) {
-        let Scratch { norm, sums, .. } = &mut *self.scratch;
+        let Scratch { norm, sums, attended, .. } = &mut *self.scratch;
         log_mass(self.isa, (&self.found.frontier, first), norm, sums);
+        for (norm, attended) in norm.iter_mut().zip(attended.iter()) {
+            let max = norm.max(*attended);
+            if max == f32::NEG_INFINITY {
+                continue;
+            }
+            *norm = max + ((*norm - max).exp() + (attended - max).exp()).ln();
+        }
     }
 
     /// Ranks and takes what the budget allows, and refines what stays behind, in the order that the unit asks for.

@@ -108,7 +108,7 @@ fn scores_and_sums(sketch: &Sketch, q: &[f32], group: usize, weights: &[f32]) ->
     let (mut scores, mut sums) = (Vec::new(), Vec::new());
     let mut prepared = PreparedQuery::default();
     for planes in [1, 2, 4].into_iter().filter(|p| *p <= sketch.config().k_bits()) {
-        sketch.prepare(&Query { q, group, scale: 0.3 }, planes, &mut prepared);
+        sketch.prepare(&Query { q, group, scale: 0.3, attended_lse: &[] }, planes, &mut prepared);
         let mut out = vec![f32::NAN; pages.len() * group * 16];
         sketch.score(&prepared, &pages, &mut out);
         scores.extend(out);
@@ -148,7 +148,11 @@ fn scores_agree_with_decoded_residuals_within_the_query_rounding() {
             let sketch = filled(config, dim, &rows, Isa::detect());
             let q = gaussian.vec(group * dim);
             let mut prepared = PreparedQuery::default();
-            sketch.prepare(&Query { q: &q, group, scale: 0.5 }, config.k_bits(), &mut prepared);
+            sketch.prepare(
+                &Query { q: &q, group, scale: 0.5, attended_lse: &[] },
+                config.k_bits(),
+                &mut prepared,
+            );
             let pages = [3, 0, 2];
             let mut out = vec![0.0; pages.len() * group * 16];
             sketch.score(&prepared, &pages, &mut out);

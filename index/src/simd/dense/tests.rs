@@ -57,7 +57,7 @@ fn logits_are_the_dot_products_of_codes_and_query_on_every_set() {
         scales[4] = 0.0;
         let mut quant = QuantQuery::default();
         let spreads: Vec<f32> = case.floats(LANES).iter().map(|x| x.abs()).collect();
-        quant.set(&q, &Query { q: &q, group, scale: 0.25 }, 0.5);
+        quant.set(&q, &Query { q: &q, group, scale: 0.25, attended_lse: &[] }, 0.5);
         let run = |isa| {
             let mut out = vec![0.0; group * LANES];
             logits(isa, &keys, Scales { key: &scales, spread: &spreads }, &quant, &mut out);

@@ -1,0 +1,48 @@
+//! Exact attention over chosen rows of one shard.
+
+mod cpu;
+pub mod exact;
+
+use std::ops::Range;
+
+pub use cpu::CpuBackend;
+
+use crate::error::Result;
+use crate::ids::TokenPos;
+use crate::page::ShardPages;
+use crate::query::GroupQuery;
+use crate::state::StateBuf;
+
+/// Scratch of one worker thread.
+#[derive(Debug, Default)]
+pub struct AttendScratch {
+    rows: floe_cuda::AttendScratch,
+    splits: floe_cuda::SplitScratch,
+    part: StateBuf,
+}
+
+/// Tokens of one shard.
+#[derive(Clone, Debug)]
+pub enum Tokens<'a> {
+    /// Consecutive positions.
+    Range(Range<TokenPos>),
+    /// Ascending positions.
+    List(&'a [TokenPos]),
+}
+
+/// Where attention runs. One implementation is chosen when the engine is opened.
+pub trait AttentionBackend: Send + Sync {
+    /// Adds the attention of `tokens` to `state`, which covers other tokens or none. Long ranges are split over the worker
+    /// threads, with the same bits for any number.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    fn attend(
+        &self,
+        query: &GroupQuery<'_>,
+        pages: &ShardPages,
+        tokens: Tokens<'_>,
+        scratch: &mut AttendScratch,
+        state: &mut StateBuf,
+    ) -> Result<()>;
+}

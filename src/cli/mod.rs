@@ -1,0 +1,71 @@
+//! Command line: one file per command. Commands return `anyhow::Result`; only this file decides on exit codes and
+//! writes to stderr.
+
+mod replay;
+mod trace;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use floe::replay::ReplayError;
+use floe::trace::TraceError;
+
+/// Exit code for input or a request that cannot be served as it is; clap's own for a wrong command line.
+const EXIT_INPUT: u8 = 2;
+
+/// Exit code for a failure of the machine: disk full, read error.
+const EXIT_ENVIRONMENT: u8 = 1;
+
+/// Long-context sparse KV retrieval: replay, measure, inspect.
+#[derive(Parser)]
+#[command(name = "floe", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compare policies with full attention on recorded traces.
+    Replay(replay::ReplayArgs),
+    /// Inspect, cut and synthesise trace files.
+    #[command(subcommand)]
+    Trace(trace::TraceCommand),
+}
+
+/// Runs the command line of this process.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Replay(args) => replay::run(args),
+        Command::Trace(command) => trace::run(command),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read the output has seen enough, as in `floe trace info * | head`.
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // File names may hold anything; the message stays one line.
+            let message = format!("{error:#}").replace(char::is_control, " ");
+            // With stderr gone as well, the exit code is all that is left to say it.
+            let _ = writeln!(io::stderr(), "error: {message}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// [`EXIT_INPUT`] for errors that the library blames on its caller, [`EXIT_ENVIRONMENT`] for everything else.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let is_input = error.chain().any(|cause| {
+        let trace_error = cause.downcast_ref::<TraceError>();
+        trace_error.is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<ReplayError>().is_some_and(|error| !error.is_environment())
+    });
+    if is_input { EXIT_INPUT } else { EXIT_ENVIRONMENT }
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    // A closed stdout, not a trace file that happens to be a pipe: those errors come wrapped in a TraceError.
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

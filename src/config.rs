@@ -1,0 +1,112 @@
+//! What the user asks for, and its validation.
+
+use crate::error::{Error, Result};
+use crate::select::Policy;
+use crate::shape::{HeadShape, KvDtype, PAGE_TOKENS};
+
+/// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before
+/// `Engine::open`, which validates all of them.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Attention layers of the model.
+    pub num_layers: usize,
+    /// Heads of every layer.
+    pub heads: HeadShape,
+    /// Element type in which keys and values are stored; other types are rounded to it when they are appended.
+    pub kv_dtype: KvDtype,
+    /// How tokens are selected.
+    pub policy: Policy,
+    /// Tokens attended exactly per kv head and step: sinks, window and retrieved ones together.
+    pub budget: usize,
+    /// First tokens, always attended.
+    pub sinks: usize,
+    /// Last tokens, always attended, the step's own included.
+    pub window: usize,
+    /// The first layers that stay dense, whatever the policy.
+    pub dense_layers: usize,
+    /// Worker threads; 0 = one per core.
+    pub threads: usize,
+    /// Seed of everything random: projections, rotations, sampling.
+    pub seed: u64,
+}
+
+impl Config {
+    /// Defaults of DESIGN section 5 around a model's shape: policy `floe`, 256 tokens, 16 sinks, 64 window.
+    #[must_use]
+    pub fn new(num_layers: usize, heads: HeadShape, kv_dtype: KvDtype) -> Self {
+        Self {
+            num_layers,
+            heads,
+            kv_dtype,
+            policy: Policy::default(),
+            budget: 256,
+            sinks: 16,
+            window: 64,
+            dense_layers: 0,
+            threads: 0,
+            seed: 0,
+        }
+    }
+
+    /// Checks every field against the others.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the first field that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        if self.num_layers == 0 {
+            return Err(Error::config("num_layers", self.num_layers, "must be at least 1"));
+        }
+        if self.window < PAGE_TOKENS {
+            // Tokens join the index sixteen at a time and must still be inside the window then (invariant 4).
+            return Err(Error::config("window", self.window, format!("must be at least {PAGE_TOKENS}")));
+        }
+        if self.sinks > u32::MAX as usize / 2 {
+            return Err(Error::config("sinks", self.sinks, "must fit 31 bits"));
+        }
+        if self.window > u32::MAX as usize / 2 {
+            return Err(Error::config("window", self.window, "must fit 31 bits"));
+        }
+        if self.budget < self.sinks + self.window {
+            return Err(Error::config(
+                "budget",
+                self.budget,
+                format!("must hold {} sinks and {} window tokens", self.sinks, self.window),
+            ));
+        }
+        if self.dense_layers > self.num_layers {
+            return Err(Error::config(
+                "dense_layers",
+                self.dense_layers,
+                format!("the model has {} layers", self.num_layers),
+            ));
+        }
+        if self.threads > 4096 {
+            return Err(Error::config("threads", self.threads, "must be at most 4096"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_bad_field_is_named() {
+        let heads = HeadShape::new(4, 2, 64).unwrap();
+        let ok = Config::new(2, heads, KvDtype::Bf16);
+        assert!(ok.validate().is_ok());
+        let cases: [(&str, Config); 6] = [
+            ("num_layers", Config { num_layers: 0, ..ok.clone() }),
+            ("window", Config { window: 15, ..ok.clone() }),
+            ("budget", Config { budget: 79, ..ok.clone() }),
+            ("dense_layers", Config { dense_layers: 3, ..ok.clone() }),
+            ("threads", Config { threads: 5000, ..ok.clone() }),
+            ("sinks", Config { sinks: 1 << 40, ..ok.clone() }),
+        ];
+        for (field, config) in cases {
+            let message = config.validate().unwrap_err().to_string();
+            assert!(message.contains(&format!("`{field}`")), "{field}: {message}");
+        }
+    }
+}

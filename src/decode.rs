@@ -1,0 +1,194 @@
+//! The main path: one layer of one decode step.
+//!
+//! ```text
+//! query -> reuse match -> plan -> select -> page table -> fetch -> attend -> merge -> output, commit
+//! ```
+
+use rayon::prelude::*;
+
+use crate::attend::{AttendScratch, AttentionBackend, Tokens};
+use crate::config::Config;
+use crate::error::Result;
+use crate::page::PageTable;
+use crate::plan::{HeadPath, StepFacts, choose};
+use crate::prefill::publish;
+use crate::query::GroupQuery;
+use crate::select::{SelectRequest, SelectScratch};
+use crate::selection::Selection;
+use crate::sequence::{LayerShards, Shard};
+use crate::shape::PageShape;
+use crate::state::StateBuf;
+use crate::step::{ShardReport, StepReport};
+use crate::transfer::Transfer;
+use crate::view::{TensorView, widen};
+
+/// Working memory of one worker thread; everything a step needs beyond the shard.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    q: Vec<f32>,
+    q_pre: Vec<f32>,
+    selection: Selection,
+    table: PageTable,
+    select: SelectScratch,
+    attend: AttendScratch,
+    state: StateBuf,
+    tail: StateBuf,
+}
+
+/// Workspaces not in use. A stack rather than one per thread: a worker that waits inside the exact path may start on
+/// another head, which then needs a second workspace.
+#[derive(Default)]
+pub(crate) struct WorkspacePool(parking_lot::Mutex<Vec<Workspace>>);
+
+impl WorkspacePool {
+    fn take(&self) -> Workspace {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    fn put(&self, space: Workspace) {
+        self.0.lock().push(space);
+    }
+}
+
+/// What every kv head of the step shares.
+pub(crate) struct StepContext<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) backend: &'a dyn AttentionBackend,
+    pub(crate) transfer: &'a dyn Transfer,
+    pub(crate) workspaces: &'a WorkspacePool,
+    pub(crate) layer: usize,
+    pub(crate) scale: f32,
+    /// Post-RoPE and, where the host gives them, pre-RoPE queries, `[1, num_q_heads, head_dim]`.
+    pub(crate) q: TensorView<'a>,
+    pub(crate) q_pre: Option<TensorView<'a>>,
+}
+
+/// Attends with the queries of the last stored position; `out` is `[num_q_heads, head_dim]`.
+pub(crate) fn decode_layer(
+    step: &StepContext<'_>,
+    layer: &mut LayerShards,
+    out: &mut [f32],
+    report: &mut StepReport,
+) -> Result<()> {
+    let per_shard = step.config.heads.group() * step.config.heads.head_dim();
+    report.shards.resize_with(layer.shards.len(), ShardReport::default);
+    layer
+        .shards
+        .par_iter_mut()
+        .zip(out.par_chunks_mut(per_shard))
+        .zip(report.shards.par_iter_mut())
+        .enumerate()
+        .try_for_each(|(head, ((shard, out), report))| {
+            let mut space = step.workspaces.take();
+            let done = decode_shard(step, (head, shard), &mut space, out, report);
+            step.workspaces.put(space);
+            done
+        })
+}
+
+fn decode_shard(
+    step: &StepContext<'_>,
+    (head, shard): (usize, &mut Shard),
+    space: &mut Workspace,
+    out: &mut [f32],
+    report: &mut ShardReport,
+) -> Result<()> {
+    publish(shard)?;
+    let config = step.config;
+    let (group, head_dim) = (config.heads.group(), config.heads.head_dim());
+    let num_tokens = shard.pages.num_tokens() as u32;
+    let position = num_tokens - 1;
+
+    // 1 query
+    load_query(&step.q, head, group, &mut space.q);
+    let query = GroupQuery { q: &space.q, group, scale: step.scale };
+
+    // 2 reuse match
+    let matched = match &step.q_pre {
+        Some(q_pre) => {
+            load_query(q_pre, head, group, &mut space.q_pre);
+            shard.reuse.probe(&space.q_pre, position)
+        }
+        None => None,
+    };
+
+    // 3 plan
+    let path = choose(&StepFacts {
+        num_tokens: num_tokens as usize,
+        budget: config.budget,
+        dense_layer: step.layer < config.dense_layers,
+        exact_policy: config.policy.is_exact(),
+        reused_tokens: matched.map_or(0, |m| m.covered as usize),
+    });
+
+    // 4 select; sinks and window are attended first, because they tell how much each head has left to look for
+    let selection = &mut space.selection;
+    let mut select_bytes = 0;
+    space.state.reset(group, head_dim);
+    match path {
+        HeadPath::Exact | HeadPath::ExactWithinBudget | HeadPath::ExactDenseLayer => {
+            selection.reset(num_tokens, 0, 0)
+        }
+        HeadPath::Reuse => selection.reset(num_tokens, 0, matched.map_or(0, |m| m.covered)),
+        HeadPath::Sparse => {
+            let window = num_tokens.saturating_sub(config.window as u32).min(shard.published as u32);
+            selection.reset(num_tokens, config.sinks as u32, window);
+            let budget = config.budget.saturating_sub(selection.num_tokens());
+            for fixed in [&selection.sinks, &selection.window] {
+                let tokens = Tokens::Range(fixed.clone());
+                step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
+            }
+            let request =
+                SelectRequest { query, pages: &shard.pages, budget, attended_lse: &space.state.lse };
+            let cost = shard.selector.select(&request, &mut space.select, selection)?;
+            select_bytes = cost.bytes_read;
+        }
+    }
+    debug_assert!(selection.is_well_formed(), "{selection:?}");
+
+    // 5 page table
+    space.table.resolve(selection);
+
+    // 6 fetch
+    let fetched = step.transfer.fetch(&shard.pages, space.table.entries());
+
+    // 7 attend
+    let tokens = match path {
+        HeadPath::Sparse => Tokens::List(&selection.retrieved),
+        _ => Tokens::Range(selection.window.clone()),
+    };
+    step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
+    report.exact_lse.clone_from(&space.state.lse);
+
+    // 8 merge
+    let mut tail_bytes = 0;
+    match (path, matched) {
+        (HeadPath::Sparse, _) => {
+            space.tail.reset(group, head_dim);
+            let tail = space.tail.as_mut();
+            tail_bytes = shard.selector.tail(&query, selection, &mut space.select, tail)?.bytes_read;
+            space.state.merge(&space.tail)?;
+        }
+        (HeadPath::Reuse, Some(matched)) => space.state.merge(matched.state)?,
+        _ => {}
+    }
+
+    // 9 output, commit
+    out.copy_from_slice(&space.state.out);
+    if step.q_pre.is_some() && path != HeadPath::Reuse {
+        shard.reuse.commit(&space.q_pre, position, &space.state);
+    }
+    report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
+    report.fetched = fetched;
+    report.index_bytes_read = select_bytes + tail_bytes;
+    Ok(())
+}
+
+/// The group's rows of `[1, num_q_heads, head_dim]` queries, widened to `[group, head_dim]` f32.
+fn load_query(view: &TensorView<'_>, head: usize, group: usize, q: &mut Vec<f32>) {
+    let head_dim = view.shape()[2];
+    q.resize(group * head_dim, 0.0);
+    for (i, row) in q.chunks_exact_mut(head_dim).enumerate() {
+        widen(view.row(0, head * group + i), row);
+    }
+}

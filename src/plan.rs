@@ -1,0 +1,74 @@
+//! Which path a kv head takes in one step: a pure function of facts.
+
+/// What is known before a step of one kv head.
+#[derive(Clone, Copy, Debug)]
+pub struct StepFacts {
+    /// Tokens in the context, the step's own included.
+    pub num_tokens: usize,
+    /// Tokens that may be attended exactly.
+    pub budget: usize,
+    /// Whether the configuration keeps this layer dense.
+    pub dense_layer: bool,
+    /// Whether the policy itself is exact attention.
+    pub exact_policy: bool,
+    /// Tokens at the front of the context that a reuse match answers for; 0 = no match.
+    pub reused_tokens: usize,
+}
+
+/// The path, with its reason; recorded in the step's report.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeadPath {
+    /// All tokens, exactly.
+    #[default]
+    Exact,
+    /// Every token fits into the budget, so the exact path costs no more.
+    ExactWithinBudget,
+    /// The configuration keeps this layer dense.
+    ExactDenseLayer,
+    /// Sinks, window and retrieved tokens exactly; the policy's tail for the rest.
+    Sparse,
+    /// An earlier state for the front of the context, the rest exactly.
+    Reuse,
+}
+
+/// Chooses the path. Exactness wins over sparsity, sparsity over nothing: a budget of at least the context is exact
+/// (invariant 2), and reuse is taken only where the step would otherwise be sparse.
+#[must_use]
+pub const fn choose(facts: &StepFacts) -> HeadPath {
+    if facts.exact_policy {
+        HeadPath::Exact
+    } else if facts.dense_layer {
+        HeadPath::ExactDenseLayer
+    } else if facts.num_tokens <= facts.budget {
+        HeadPath::ExactWithinBudget
+    } else if facts.reused_tokens > 0 {
+        HeadPath::Reuse
+    } else {
+        HeadPath::Sparse
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_follows_from_the_facts() {
+        let facts = StepFacts {
+            num_tokens: 1000,
+            budget: 256,
+            dense_layer: false,
+            exact_policy: false,
+            reused_tokens: 0,
+        };
+        assert_eq!(choose(&facts), HeadPath::Sparse);
+        assert_eq!(choose(&StepFacts { budget: 1000, ..facts }), HeadPath::ExactWithinBudget);
+        assert_eq!(choose(&StepFacts { dense_layer: true, ..facts }), HeadPath::ExactDenseLayer);
+        assert_eq!(choose(&StepFacts { exact_policy: true, ..facts }), HeadPath::Exact);
+        assert_eq!(choose(&StepFacts { reused_tokens: 900, ..facts }), HeadPath::Reuse);
+        assert_eq!(
+            choose(&StepFacts { reused_tokens: 900, budget: 1000, ..facts }),
+            HeadPath::ExactWithinBudget
+        );
+    }
+}

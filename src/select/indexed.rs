@@ -1,0 +1,125 @@
+//! Policies that ask a [`KeyIndex`]: adapts one index of one shard to the engine's selection.
+
+use std::ops::Range;
+
+use floe_index::{Batch, Dci, Flat, KeyIndex, Query, SearchParams, Tail, TailOut};
+
+use super::{IndexOptions, SelectCost, SelectRequest, SelectScratch, Selector};
+use crate::config::Config;
+use crate::error::Result;
+use crate::ids::TokenPos;
+use crate::page::ShardPages;
+use crate::query::GroupQuery;
+use crate::selection::Selection;
+
+/// One shard's index and how it is searched. Sinks are never given to the index: they are always attended, and as
+/// outliers they would spoil the clusters they fall into.
+pub(super) struct Indexed {
+    index: Box<dyn KeyIndex>,
+    /// Search parameters of every step, the budget aside.
+    params: SearchParams,
+    /// Whether the ranking heeds the mass on sinks and window; the published page policies do not.
+    heeds_attended: bool,
+    /// First position the index may hold.
+    sinks: TokenPos,
+    /// Positions below this one have been published.
+    published: TokenPos,
+}
+
+impl Indexed {
+    /// Consecutive pages, scanned.
+    pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
+        let index = Box::new(Flat::with_sketch(config.heads.head_dim(), options.sketch)?);
+        Ok(Self { heeds_attended: false, ..Self::over(index, config, options) })
+    }
+
+    /// Pages of similar keys, in a tree.
+    pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
+        let index = Box::new(Dci::with_sketch(config.heads.head_dim(), options.sketch)?);
+        Ok(Self::over(index, config, options))
+    }
+
+    fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {
+        let exact = SearchParams::exact(0, options.unit, options.tail);
+        let params = SearchParams { open_fraction: options.open, ..exact };
+        Self { index, params, heeds_attended: true, sinks: config.sinks as TokenPos, published: 0 }
+    }
+
+    /// Positions that the index holds although the window attends them: they joined while still in the window.
+    fn exclude(&self, selection: &Selection, exclude: &mut Vec<u32>) {
+        exclude.clear();
+        exclude.extend(selection.window.start.max(self.sinks)..self.published);
+    }
+}
+
+impl Selector for Indexed {
+    fn publish(&mut self, pages: &ShardPages, tokens: Range<TokenPos>) -> Result<()> {
+        let fresh = tokens.start.max(self.sinks)..tokens.end;
+        if !fresh.is_empty() {
+            let dim = pages.shape().head_dim();
+            let mut keys = vec![0.0f32; fresh.len() * dim];
+            let mut values = vec![0.0f32; fresh.len() * dim];
+            for (i, pos) in fresh.clone().enumerate() {
+                pages.widen_row(pos, &mut keys[i * dim..][..dim], &mut values[i * dim..][..dim]);
+            }
+            let ids: Vec<u32> = fresh.collect();
+            let batch = Batch { ids: &ids, keys: &keys, values: &values };
+            if self.index.is_empty() {
+                self.index.build(&batch)?;
+            } else {
+                self.index.insert(&batch)?;
+            }
+        }
+        self.published = tokens.end;
+        Ok(())
+    }
+
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
+        if num_tokens < self.published {
+            let gone: Vec<u32> = (num_tokens.max(self.sinks)..self.published).collect();
+            self.index.remove(&gone)?;
+            self.published = num_tokens;
+        }
+        Ok(())
+    }
+
+    fn select(
+        &self,
+        request: &SelectRequest<'_>,
+        scratch: &mut SelectScratch,
+        selection: &mut Selection,
+    ) -> Result<SelectCost> {
+        self.exclude(selection, &mut scratch.exclude);
+        let params = SearchParams { budget: request.budget, ..self.params };
+        let attended_lse = if self.heeds_attended { request.attended_lse } else { &[] };
+        let query = index_query(&request.query, attended_lse);
+        self.index.search(&query, &scratch.exclude, &params, &mut scratch.index, &mut scratch.found)?;
+        selection.retrieved.extend(scratch.found.tokens.iter().map(|hit| hit.id));
+        selection.retrieved.sort_unstable();
+        Ok(SelectCost { bytes_read: scratch.found.index_bytes_read })
+    }
+
+    fn tail(
+        &self,
+        query: &GroupQuery<'_>,
+        _selection: &Selection,
+        scratch: &mut SelectScratch,
+        out: floe_cuda::StateMut<'_>,
+    ) -> Result<SelectCost> {
+        if self.params.tail == Tail::Off {
+            return Ok(SelectCost::default());
+        }
+        let query = index_query(query, &[]);
+        let state = TailOut { out: out.out, lse: out.lse };
+        self.index.tail(&query, &scratch.exclude, &scratch.found, &mut scratch.index, state)?;
+        Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
+    }
+
+    fn size_bytes(&self) -> usize {
+        self.index.memory().total_bytes()
+    }
+}
+
+fn index_query<'a>(query: &GroupQuery<'a>, attended_lse: &'a [f32]) -> Query<'a> {
+    Query { q: query.q, group: query.group, scale: query.scale, attended_lse }
+}

@@ -1,0 +1,68 @@
+//! One admitted sequence: its shards, layer by layer.
+
+use crate::config::Config;
+use crate::error::Result;
+use crate::page::ShardPages;
+use crate::reuse::{Off, ReuseCache};
+use crate::select::{Selector, selector};
+use crate::shape::PageShape;
+
+/// One (sequence, layer, kv head).
+pub(crate) struct Shard {
+    pub(crate) pages: ShardPages,
+    pub(crate) selector: Box<dyn Selector>,
+    pub(crate) reuse: Box<dyn ReuseCache>,
+    /// Tokens `0..published` are known to the selector; the rest are young and always attended.
+    pub(crate) published: usize,
+}
+
+impl Shard {
+    fn new(config: &Config) -> Result<Self> {
+        Ok(Self {
+            pages: ShardPages::new(PageShape::new(config.heads.head_dim(), config.kv_dtype)),
+            selector: selector(config)?,
+            reuse: Box::new(Off),
+            published: 0,
+        })
+    }
+
+    /// Forgets the tokens at and after `num_tokens` in every part.
+    pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
+        self.selector.truncate(num_tokens as u32)?;
+        self.reuse.truncate(num_tokens as u32);
+        self.pages.truncate(num_tokens);
+        self.published = self.published.min(num_tokens);
+        Ok(())
+    }
+}
+
+/// The shards of one layer. All hold the same number of tokens.
+pub(crate) struct LayerShards {
+    pub(crate) shards: Vec<Shard>,
+    pub(crate) num_tokens: usize,
+}
+
+impl LayerShards {
+    /// Forgets the tokens at and after `num_tokens`.
+    pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
+        self.shards.iter_mut().try_for_each(|shard| shard.truncate(num_tokens))?;
+        self.num_tokens = num_tokens;
+        Ok(())
+    }
+}
+
+/// Every layer of one sequence. Layers advance independently: a host engine decodes layer after layer.
+pub(crate) struct Sequence {
+    pub(crate) layers: Vec<LayerShards>,
+}
+
+impl Sequence {
+    pub(crate) fn new(config: &Config) -> Result<Self> {
+        let layer = || -> Result<LayerShards> {
+            let shards =
+                (0..config.heads.num_kv_heads()).map(|_| Shard::new(config)).collect::<Result<_>>()?;
+            Ok(LayerShards { shards, num_tokens: 0 })
+        };
+        Ok(Self { layers: (0..config.num_layers).map(|_| layer()).collect::<Result<_>>()? })
+    }
+}
