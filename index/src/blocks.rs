@@ -22,6 +22,8 @@ pub(crate) struct Blocks {
     pub key_scale: Vec<f32>,
     /// `[blocks * 16]` squared length of the key as stored.
     pub key_norm: Vec<f32>,
+    /// `[blocks * 16]` mean squared deviation of a coordinate of the tokens' keys from the mean.
+    pub spread: Vec<f32>,
     /// `[blocks * 16, dim]`
     pub value_codes: Vec<i8>,
     /// `[blocks * 16]`
@@ -54,6 +56,7 @@ impl Blocks {
         grow_by(&mut self.key_codes, num * stride, ZERO);
         grow_by(&mut self.key_scale, entries, 0.0);
         grow_by(&mut self.key_norm, entries, 0.0);
+        grow_by(&mut self.spread, entries, 0.0);
         grow_by(&mut self.value_codes, entries * self.dim, 0);
         grow_by(&mut self.value_scale, entries, 0.0);
         grow_by(&mut self.count, entries, 0);
@@ -99,6 +102,7 @@ impl Blocks {
                 *slot = (code as u8) ^ ZERO;
             }
         }
+        self.spread[entry] = summary.spread;
         self.count[entry] = summary.count;
         self.child[entry] = summary.child;
     }
@@ -134,6 +138,7 @@ impl Blocks {
         self.value_codes.copy_within(from * dim..(from + 1) * dim, to * dim);
         self.key_scale[to] = self.key_scale[from];
         self.key_norm[to] = self.key_norm[from];
+        self.spread[to] = self.spread[from];
         self.value_scale[to] = self.value_scale[from];
         self.count[to] = self.count[from];
         self.child[to] = self.child[from];
@@ -163,6 +168,7 @@ impl Blocks {
             + self.value_codes.capacity()
             + 4 * (self.key_scale.capacity()
                 + self.key_norm.capacity()
+                + self.spread.capacity()
                 + self.value_scale.capacity()
                 + self.count.capacity()
                 + self.child.capacity())
@@ -176,6 +182,8 @@ pub(crate) struct Summary<'a> {
     pub key: &'a [f32],
     /// `[dim]` f32
     pub value: &'a [f32],
+    /// See `Blocks::spread`.
+    pub spread: f32,
     /// Tokens it stands for.
     pub count: u32,
     /// Page, block or token id.
