@@ -8,7 +8,7 @@ use crate::rows::check_len;
 pub struct StateMut<'a> {
     /// Weighted mean of the values, f32 [group, head_dim].
     pub out: &'a mut [f32],
-    /// Log of the sum of the exponentiated scores, f32 [group], natural; empty = -inf with a zero `out`.
+    /// Log of the sum of the exponentiated scores, f32 `[group]`, natural; empty = -inf with a zero `out`.
     pub lse: &'a mut [f32],
 }
 
@@ -38,7 +38,7 @@ impl StateMut<'_> {
         self.lse.fill(f32::NEG_INFINITY);
     }
 
-    /// Refuses buffers of another shape than [group, head_dim] and [group].
+    /// Refuses buffers of another shape than [group, head_dim] and `[group]`.
     pub(crate) fn check(&self, group: usize, head_dim: usize) -> Result<(), KernelError> {
         check_len("out", self.out.len(), group * head_dim)?;
         check_len("lse", self.lse.len(), group)

@@ -63,7 +63,7 @@ pub(super) struct Softmax {
     norm: [f32; LANES_MAX],
 }
 
-/// See [`sparse_decode`](super::sparse_decode); `attend`, `which` and the shape of `state` have been checked.
+/// See [`sparse_decode`](super::sparse_decode()); `attend`, `which` and the shape of `state` have been checked.
 pub(super) fn sparse_decode<A: Entry, R: KvRows>(
     entry: A,
     attend: &Attend<'_, R>,
@@ -131,7 +131,7 @@ pub(super) fn sparse_decode<A: Entry, R: KvRows>(
     Ok(())
 }
 
-/// See [`score_rows`](super::score_rows); all arguments have been checked. `out` is [group, range.len()].
+/// See [`score_rows`](super::score_rows()); all arguments have been checked. `out` is [group, range.len()].
 pub(super) fn score_rows<A: Entry, R: KvRows>(
     entry: A,
     attend: &Attend<'_, R>,

@@ -9,7 +9,7 @@ use crate::{Attend, KernelError, KvElem, KvRows, Rows};
 pub struct StateF64 {
     /// [group, head_dim].
     pub out: Vec<f64>,
-    /// [group], natural log, empty = -inf.
+    /// `[group]`, natural log, empty = -inf.
     pub lse: Vec<f64>,
 }
 
