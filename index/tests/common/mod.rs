@@ -1,5 +1,6 @@
 //! Data and oracles shared by the tests.
 #![allow(clippy::unwrap_used, reason = "a test helper fails by panicking")]
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use floe_index::{Batch, Dci, Flat, KeyIndex, Query};
 use rand::{Rng, SeedableRng};
