@@ -3,35 +3,15 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use std::alloc::System;
 
 use common::clustered;
 use floe_index::sketch::SketchConfig;
 use floe_index::{Dci, Found, KeyIndex, Scratch, SearchParams, Tail, TailOut, Unit};
-
-thread_local! {
-    static COUNT: Cell<usize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        COUNT.with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller's obligations are those of `System`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 #[test]
 fn search_and_tail_allocate_nothing_after_warm_up() {
@@ -54,8 +34,9 @@ fn search_and_tail_allocate_nothing_after_warm_up() {
             }
         };
         (0..16).for_each(&mut step);
-        let before = COUNT.with(Cell::get);
+        let region = Region::new(ALLOCATOR);
         (0..16).for_each(&mut step);
-        assert_eq!(COUNT.with(Cell::get) - before, 0, "sketch {sketch}");
+        let change = region.change();
+        assert_eq!((change.allocations, change.reallocations), (0, 0), "sketch {sketch}");
     }
 }
