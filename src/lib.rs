@@ -19,6 +19,7 @@ mod sequence;
 pub mod attend;
 pub mod page;
 pub mod plan;
+pub mod policy;
 pub mod reuse;
 pub mod select;
 pub mod transfer;
