@@ -137,10 +137,9 @@ fn main() {
     for path in paths {
         let trace = load(&path);
         let mut index: Box<dyn KeyIndex> = match options.get("index", "dci").as_str() {
-            "flat" => Box::new(Flat::new(trace.dim).unwrap()),
-            _ => Box::new(Dci::new(trace.dim).unwrap()),
+            "flat" => Box::new(Flat::with_sketch(trace.dim, sketch).unwrap()),
+            _ => Box::new(Dci::with_sketch(trace.dim, sketch).unwrap()),
         };
-        let _ = sketch;
         let batch = |from: usize, to: usize| {
             let ids: Vec<u32> = (from as u32..to as u32).collect();
             (ids, from * trace.dim..to * trace.dim)

@@ -6,12 +6,13 @@
 use crate::blocks::LANES;
 use crate::check;
 use crate::error::IndexError;
-use crate::found::{Found, YOUNG};
+use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Members, Pages, Removed};
 use crate::scratch::Scratch;
 use crate::search::{Pass, tail};
 use crate::simd::Isa;
+use crate::sketch::SketchConfig;
 
 /// See the module documentation.
 #[derive(Clone, Debug)]
@@ -34,8 +35,16 @@ impl Flat {
     /// # Errors
     /// `Config` when `dim` is 0 or above `MAX_DIM`.
     pub fn new(dim: usize) -> Result<Self, IndexError> {
+        Self::with_sketch(dim, SketchConfig::OFF)
+    }
+
+    /// The same with residual codes beside every page.
+    ///
+    /// # Errors
+    /// `Config` when `dim` is 0 or above `MAX_DIM`.
+    pub fn with_sketch(dim: usize, sketch: SketchConfig) -> Result<Self, IndexError> {
         check_dim(dim)?;
-        Ok(Self { isa: Isa::detect(), pages: Pages::new(dim) })
+        Ok(Self { isa: Isa::detect(), pages: Pages::new(dim, sketch)? })
     }
 
     /// The same pages, scanned exactly.
@@ -142,9 +151,7 @@ impl KeyIndex for Flat {
             pass.add_pages(block);
         }
         pass.add_all_young();
-        pass.found.frontier.candidates = pass.found.frontier.parts.len();
-        pass.normalise(0);
-        pass.select(params);
+        pass.choose(params);
         Ok(())
     }
 
@@ -156,8 +163,7 @@ impl KeyIndex for Flat {
         scratch: &mut Scratch,
         state: TailOut<'_>,
     ) -> Result<(), IndexError> {
-        let level = |level| if level == YOUNG { &self.pages.young } else { &self.pages.blocks };
-        tail(self.isa, &self.pages, (query, found, scratch), level, state)
+        tail(self.isa, (&self.pages, &[]), (query, found, scratch), state)
     }
 
     fn memory(&self) -> MemoryReport {

@@ -5,10 +5,15 @@
 //! lowers the page's count and leaves its means as they are; an emptied page is freed.
 
 use crate::blocks::{Blocks, LANES, Summary};
+use crate::error::IndexError;
 use crate::frame::Frame;
 use crate::grow::grow_by;
 use crate::idmap::{IdMap, Place};
 use crate::index::{KeyId, MemoryReport};
+use crate::sketch::{EncodeScratch, Sketch, SketchConfig};
+
+/// One rotation for all shards: it only has to be unrelated to the data.
+const ROTATION_SEED: u64 = 0x666c_6f65;
 
 /// Tokens of one future page, in the frame.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +45,9 @@ pub(crate) struct Pages {
     /// Young tokens; `child` is the id. Entries `0..num_young` are in use.
     pub young: Blocks,
     pub num_young: usize,
+    /// Codes of the residuals to the sealed means, by token slot.
+    pub sketch: Option<Sketch>,
+    encoder: EncodeScratch,
     /// Changes with every mutation, so that a stale `Found` is recognised.
     pub stamp: u64,
 }
@@ -54,8 +62,10 @@ fn mean_into(rows: &[f32], dim: usize, out: &mut [f32]) {
 }
 
 impl Pages {
-    pub fn new(dim: usize) -> Self {
-        Self {
+    /// No tokens yet.
+    pub fn new(dim: usize, sketch: SketchConfig) -> Result<Self, IndexError> {
+        let keep = sketch != SketchConfig::OFF;
+        Ok(Self {
             dim,
             frame: Frame::new(dim),
             blocks: Blocks::new(dim),
@@ -66,8 +76,10 @@ impl Pages {
             map: IdMap::default(),
             young: Blocks::new(dim),
             num_young: 0,
+            sketch: keep.then(|| Sketch::new(sketch, dim, ROTATION_SEED)).transpose()?,
+            encoder: EncodeScratch::default(),
             stamp: 0,
-        }
+        })
     }
 
     /// Pages ever allocated, freed ones included.
@@ -95,11 +107,37 @@ impl Pages {
         self.blocks.set(entry, Summary { key, value, count, child: page as u32 });
         self.entry_of[page] = entry as u32;
         self.live[page] = ((1u32 << count) - 1) as u16;
+        self.encode(page, entry, members);
         for (lane, &id) in members.ids.iter().enumerate() {
             self.ids[page * LANES + lane] = id;
             self.map.set(id, Place::Slot(page * LANES + lane));
         }
         self.stamp += 1;
+    }
+
+    /// Codes of a page's tokens, relative to its means as stored: their rounding is coded along with the residual.
+    fn encode(&mut self, page: usize, entry: usize, members: Members<'_>) {
+        let Some(sketch) = &mut self.sketch else { return };
+        let dim = self.dim;
+        if sketch.num_pages() <= page {
+            sketch.resize_pages(page + 1);
+        }
+        let mut rows = vec![0.0f32; 4 * dim];
+        let (means, residuals) = rows.split_at_mut(2 * dim);
+        let (key_mean, value_mean) = means.split_at_mut(dim);
+        let (key, value) = residuals.split_at_mut(dim);
+        self.blocks.read_key(entry, key_mean);
+        self.blocks.read_value(entry, value_mean);
+        for lane in 0..members.ids.len() {
+            let row = lane * dim..(lane + 1) * dim;
+            for ((r, &x), &m) in key.iter_mut().zip(&members.keys[row.clone()]).zip(key_mean.iter()) {
+                *r = x - m;
+            }
+            for ((r, &x), &m) in value.iter_mut().zip(&members.values[row]).zip(value_mean.iter()) {
+                *r = x - m;
+            }
+            sketch.encode(page * LANES + lane, Some(key), Some(value), &mut self.encoder);
+        }
     }
 
     /// Adds one young token, `key` and `value` in the frame.
@@ -139,6 +177,9 @@ impl Pages {
                 let (page, lane) = (slot / LANES, slot % LANES);
                 let entry = self.entry_of[page] as usize;
                 self.live[page] &= !(1 << lane);
+                if let Some(sketch) = &mut self.sketch {
+                    sketch.clear_slot(slot);
+                }
                 self.map.remove(id);
                 self.stamp += 1;
                 if self.live[page] == 0 {
@@ -168,6 +209,7 @@ impl Pages {
             summaries_bytes: self.blocks.size_bytes()
                 + 2 * self.live.capacity()
                 + 4 * (self.entry_of.capacity() + self.free.capacity()),
+            codes_bytes: self.sketch.as_ref().map_or(0, Sketch::size_bytes),
             ids_bytes: 4 * self.ids.capacity() + self.map.size_bytes(),
             young_bytes: self.young.size_bytes(),
             ..MemoryReport::default()

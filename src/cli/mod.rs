@@ -2,7 +2,6 @@
 //! writes to stderr.
 
 mod replay;
-mod table;
 mod trace;
 
 use std::io::{self, Write};

@@ -17,8 +17,8 @@ const BUNDLED: (&str, &[u8]) = (
 );
 
 /// Policies of a replay without `--policy`.
-const POLICIES: [&str; 7] =
-    ["full", "window", "quest", "pagemean", "oracle", "floe:tail=off", "floe:tail=page"];
+const POLICIES: [&str; 8] =
+    ["full", "window", "quest", "pagemean", "oracle", "floe:sketch=off", "floe:sketch=k1", "floe"];
 
 #[derive(Args)]
 pub struct ReplayArgs {

@@ -29,17 +29,19 @@ pub(super) struct Indexed {
 impl Indexed {
     /// Consecutive pages, scanned.
     pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
-        let index = Box::new(Flat::new(config.heads.head_dim())?);
+        let index = Box::new(Flat::with_sketch(config.heads.head_dim(), options.sketch)?);
         Ok(Self { heeds_attended: false, ..Self::over(index, config, options) })
     }
 
     /// Pages of similar keys, in a tree.
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
-        Ok(Self::over(Box::new(Dci::new(config.heads.head_dim())?), config, options))
+        let index = Box::new(Dci::with_sketch(config.heads.head_dim(), options.sketch)?);
+        Ok(Self::over(index, config, options))
     }
 
     fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {
-        let params = SearchParams::exact(0, options.unit, options.tail);
+        let exact = SearchParams::exact(0, options.unit, options.tail);
+        let params = SearchParams { open_fraction: options.open, ..exact };
         Self { index, params, heeds_attended: true, sinks: config.sinks as TokenPos, published: 0 }
     }
 
