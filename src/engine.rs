@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
-use crate::decode::{StepContext, WorkspacePool, decode_layer};
+use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard};
 use crate::error::{Error, Result};
-use crate::ids::{LayerId, SeqId};
+use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::ShardPages;
 use crate::prefill;
 use crate::sequence::Sequence;
+use crate::sim::{Clock, SystemClock};
 use crate::step::StepReport;
-use crate::transfer::{InPlace, Transfer};
 use crate::view::TensorView;
 
 /// One token of one layer: what a host engine hands over at its attention.
@@ -70,7 +70,7 @@ pub struct Engine {
     pool: rayon::ThreadPool,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
-    transfer: Box<dyn Transfer>,
+    clock: Box<dyn Clock>,
 }
 
 impl Engine {
@@ -92,7 +92,7 @@ impl Engine {
             pool,
             workspaces: WorkspacePool::default(),
             backend: Box::new(CpuBackend::detect()),
-            transfer: Box::new(InPlace),
+            clock: Box::new(SystemClock::start()),
         })
     }
 
@@ -184,7 +184,7 @@ impl Engine {
         let context = StepContext {
             config: &self.config,
             backend: &*self.backend,
-            transfer: &*self.transfer,
+            clock: &*self.clock,
             workspaces: &self.workspaces,
             layer: step.layer.0,
             scale: step.scale,
@@ -213,6 +213,43 @@ impl Engine {
                 .flat_map(|l| l.shards.par_iter_mut())
                 .try_for_each(prefill::publish)
         })
+    }
+
+    /// Appends to `found`, per kv head and ascending, the positions that a step of `layer` with these queries would retrieve;
+    /// stores nothing and attends to nothing but sinks and window. `q` is `[1, num_q_heads, head_dim]`. A search with
+    /// another layer's queries is a guess at what the layer will ask for. Allocates; meant for profiles.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, queries that do not fit the model, an index that refuses them.
+    pub fn guess(
+        &self,
+        seq: SeqId,
+        layer: LayerId,
+        q: &TensorView<'_>,
+        scale: f32,
+        found: &mut Vec<TokenPos>,
+    ) -> Result<()> {
+        let heads = self.config.heads;
+        q.expect("q", [1, heads.num_q_heads(), heads.head_dim()])?;
+        check_finite("q", q)?;
+        let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        let num_layers = sequence.layers.len();
+        let layer = sequence.layers.get(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
+        let context = StepContext {
+            config: &self.config,
+            backend: &*self.backend,
+            clock: &*self.clock,
+            workspaces: &self.workspaces,
+            layer: 0,
+            scale,
+            q: *q,
+            q_pre: None,
+        };
+        layer
+            .shards
+            .iter()
+            .enumerate()
+            .try_for_each(|(head, shard)| guess_shard(&context, (head, shard), found))
     }
 
     /// Forgets the tokens at and after `num_tokens` in every layer, as speculative decoding does with refused drafts. A

@@ -22,8 +22,10 @@ pub mod plan;
 pub mod policy;
 pub mod reuse;
 pub mod select;
+pub mod sim;
 pub mod transfer;
 
+pub mod profile;
 pub mod replay;
 pub mod report;
 pub mod trace;

@@ -196,6 +196,12 @@ impl HotTier {
         (self.slots[slot as usize].life == SlotLife::Resident).then_some(slot)
     }
 
+    /// Whether the unit is resident or on its way.
+    #[must_use]
+    pub fn is_known(&self, unit: u32) -> bool {
+        self.by_unit.contains_key(&unit)
+    }
+
     /// Asks for a unit on behalf of the present step: its pin when it is resident, `None` when it is absent or still
     /// loading. Counts a request, and a hit.
     pub fn request(&mut self, unit: u32) -> Option<Pin> {

@@ -202,7 +202,9 @@ impl Reader {
             "shard" => {
                 let number: usize = self.number("shard", fields.next())?;
                 if number != self.log.shards.len() || !self.log.positions.is_empty() {
-                    return Err(self.refuse("shard", format!("{number}: shards count up from 0 before the steps")));
+                    return Err(
+                        self.refuse("shard", format!("{number}: shards count up from 0 before the steps"))
+                    );
                 }
                 let layer = self.number("layer", fields.next())?;
                 let kv_head = self.number("kv_head", fields.next())?;
@@ -277,7 +279,8 @@ impl Reader {
         let shard = self.shard_of(&mut fields)?;
         let (mut units, mut mass) = (Vec::new(), Vec::new());
         for field in fields {
-            let (unit, share) = field.split_once(':').ok_or_else(|| self.refuse("use", "unit:mass expected"))?;
+            let (unit, share) =
+                field.split_once(':').ok_or_else(|| self.refuse("use", "unit:mass expected"))?;
             units.push(self.number("unit", Some(unit))?);
             let share: f32 = self.number("mass", Some(share))?;
             if !(0.0..=1.0).contains(&share) {
