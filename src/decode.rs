@@ -6,11 +6,12 @@
 
 use rayon::prelude::*;
 
-use crate::attend::{AttendScratch, AttentionBackend, Tokens};
+use crate::attend::{AttendScratch, AttentionBackend, HotTokens, Tokens};
 use crate::config::Config;
 use crate::error::Result;
 use crate::page::PageTable;
 use crate::plan::{HeadPath, StepFacts, choose};
+use crate::policy::PrefetchKind;
 use crate::prefill::publish;
 use crate::query::GroupQuery;
 use crate::select::{SelectCost, SelectRequest, SelectScratch};
@@ -20,6 +21,7 @@ use crate::shape::PageShape;
 use crate::sim::Clock;
 use crate::state::StateBuf;
 use crate::step::{ShardReport, Stage, StepReport, Watch};
+use crate::transfer::Fetched;
 use crate::view::{TensorView, widen};
 
 /// Working memory of one worker thread; everything a step needs beyond the shard.
@@ -33,6 +35,7 @@ pub(crate) struct Workspace {
     attend: AttendScratch,
     state: StateBuf,
     tail: StateBuf,
+    guess: Vec<u32>,
 }
 
 /// Workspaces not in use. A stack rather than one per thread: a worker that waits inside the exact path may start on
@@ -156,14 +159,26 @@ fn decode_shard(
 
     // 6 fetch
     watch.lap(Stage::Table);
+    let mut hot = shard.hot.as_mut().filter(|_| path == HeadPath::Sparse);
+    if let Some(hot) = &mut hot {
+        hot.demand(&selection.retrieved, &shard.pages)?;
+    }
+    watch.lap(Stage::Fetch);
 
     // 7 attend
     let tokens = match path {
-        HeadPath::Sparse => Tokens::List(&selection.retrieved),
+        HeadPath::Sparse => match hot.as_ref().map(|hot| hot.view()) {
+            Some((table, memory)) => Tokens::Hot(HotTokens { tokens: &selection.retrieved, table, memory }),
+            None => Tokens::List(&selection.retrieved),
+        },
         _ => Tokens::Range(selection.window.clone()),
     };
     step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
     report.exact_lse.clone_from(&space.state.lse);
+    report.fetched = match hot {
+        Some(hot) => hot.finish(&query, &selection.retrieved, (&shard.pages, &space.state.lse))?,
+        None => Fetched::default(),
+    };
 
     watch.lap(Stage::Attend);
 
@@ -212,6 +227,30 @@ fn select_sparse(
     }
     let request = SelectRequest { query: *query, pages: &shard.pages, budget, attended_lse: &state.lse };
     shard.selector.select(&request, select, selection)
+}
+
+/// Brings in what the shards of a layer may ask for next. The queries of `step` are those of the layer before.
+pub(crate) fn prefetch_layer(step: &StepContext<'_>, layer: &mut LayerShards) -> Result<()> {
+    let kind = step.config.hot.prefetch;
+    layer.shards.par_iter_mut().enumerate().try_for_each(|(head, shard)| {
+        if shard.hot.is_none() || shard.published == 0 || kind == PrefetchKind::None {
+            return Ok(());
+        }
+        if kind != PrefetchKind::Predicted {
+            return shard.hot.as_mut().map_or(Ok(()), |hot| hot.prefetch(None, &shard.pages));
+        }
+        let mut space = step.workspaces.take();
+        let mut guess = std::mem::take(&mut space.guess);
+        guess.clear();
+        let guessed = guess_shard(step, (head, shard), &mut guess);
+        let fetched = guessed.and_then(|()| match &mut shard.hot {
+            Some(hot) => hot.prefetch(Some(&guess), &shard.pages),
+            None => Ok(()),
+        });
+        space.guess = guess;
+        step.workspaces.put(space);
+        fetched
+    })
 }
 
 /// What a sparse step with these queries would retrieve, appended to `found`.

@@ -4,10 +4,12 @@ use std::collections::HashMap;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
-use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard};
+use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard, prefetch_layer};
 use crate::error::{Error, Result};
+use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::ShardPages;
+use crate::policy::PrefetchKind;
 use crate::prefill;
 use crate::sequence::Sequence;
 use crate::sim::{Clock, SystemClock};
@@ -172,10 +174,8 @@ impl Engine {
         }
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let num_layers = sequence.layers.len();
-        let layer = sequence
-            .layers
-            .get_mut(step.layer.0)
-            .ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
+        let layer =
+            sequence.layers.get(step.layer.0).ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
         if step.position != layer.num_tokens {
             let expected = layer.num_tokens;
             return Err(Error::Position { seq, layer: step.layer, got: step.position, expected });
@@ -192,10 +192,18 @@ impl Engine {
             q_pre: step.q_pre,
         };
         let stored = layer.num_tokens;
+        let layers = &mut sequence.layers;
         self.pool.install(|| {
+            let layer = &mut layers[step.layer.0];
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
-                .or_else(|error| layer.truncate(stored).and(Err(error)))
+                .or_else(|error| layer.truncate(stored).and(Err(error)))?;
+            let target = match self.config.hot.prefetch {
+                PrefetchKind::None => return Ok(()),
+                PrefetchKind::Last => step.layer.0,
+                PrefetchKind::NextLayer | PrefetchKind::Predicted => (step.layer.0 + 1) % num_layers,
+            };
+            prefetch_layer(&context, &mut layers[target])
         })
     }
 
@@ -267,6 +275,30 @@ impl Engine {
         Ok(())
     }
 
+    /// Empties the hot tier of a sequence: its next steps take longer and give the same bits.
+    ///
+    /// # Errors
+    /// Unknown sequence.
+    pub fn empty_hot(&mut self, seq: SeqId) -> Result<()> {
+        self.hot_shards(seq)?.for_each(|hot| hot.iter_mut().for_each(HotShard::clear));
+        Ok(())
+    }
+
+    /// Gives every kv head of a sequence another number of slots, empty ones; 0 takes the hot tier away. A sequence that was
+    /// admitted without one has none to resize.
+    ///
+    /// # Errors
+    /// Unknown sequence.
+    pub fn resize_hot(&mut self, seq: SeqId, slots: usize) -> Result<()> {
+        self.hot_shards(seq)?.for_each(|hot| *hot = hot.as_ref().and_then(|hot| hot.resized(slots)));
+        Ok(())
+    }
+
+    fn hot_shards(&mut self, seq: SeqId) -> Result<impl Iterator<Item = &mut Option<HotShard>>> {
+        let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
+        Ok(sequence.layers.iter_mut().flat_map(|l| &mut l.shards).map(|shard| &mut shard.hot))
+    }
+
     /// Frees a sequence. Its id is never given out again.
     ///
     /// # Errors
@@ -301,6 +333,8 @@ impl Engine {
             kv_bytes: shards().map(|s| row_bytes(&s.pages)).sum(),
             kv_allocated_bytes: shards().map(|s| s.pages.size_bytes()).sum(),
             index_bytes: shards().map(|s| s.selector.size_bytes()).sum(),
+            hot_bytes: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::size_bytes).sum(),
+            hot_pins_out: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::pins_out).sum(),
         })
     }
 }
@@ -314,6 +348,10 @@ pub struct SequenceMemory {
     pub kv_allocated_bytes: usize,
     /// What the policy keeps beside them: summaries, codes, tree.
     pub index_bytes: usize,
+    /// Slots of the hot tier.
+    pub hot_bytes: usize,
+    /// Pins of the hot tier that were not handed back; between steps anything but 0 is a leak.
+    pub hot_pins_out: usize,
 }
 
 fn check_rows(

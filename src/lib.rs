@@ -13,6 +13,7 @@ pub mod view;
 
 mod decode;
 pub mod engine;
+mod hot;
 mod prefill;
 mod sequence;
 
@@ -30,7 +31,7 @@ pub mod replay;
 pub mod report;
 pub mod trace;
 
-pub use config::Config;
+pub use config::{Config, HotConfig};
 pub use engine::{DecodeStep, Engine, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};

@@ -9,10 +9,9 @@ use anyhow::Context;
 use clap::Args;
 use floe::Policy;
 use floe::page::Unit;
-use floe::policy::EvictionKind;
+use floe::policy::{EvictionKind, PrefetchKind};
 use floe::profile::{
-    AccessLog, PROFILE_SCHEMA, PrefetchKind, Profile, ProfilePlan, SimPlan, collect, html, rows, simulate,
-    tables,
+    AccessLog, PROFILE_SCHEMA, Profile, ProfilePlan, SimPlan, collect, html, rows, simulate, tables,
 };
 use floe::transfer::LinkModel;
 use indicatif::{ProgressBar, ProgressStyle};

@@ -365,8 +365,8 @@ mod tests {
             ("step 101", "step 100", ["line 9", "ascend"]),
             ("1:0.33333334", "1:7", ["line 7", "`mass`"]),
             ("use 0 1:", "use 9 1:", ["line 7", "`shard`"]),
-            ("end 2", "end 3", ["line 13", "`end`"]),
-            ("end 2", "stop 2", ["line 13", "stop"]),
+            ("end 2", "end 3", ["line 14", "`end`"]),
+            ("end 2", "stop 2", ["line 14", "stop"]),
         ] {
             assert!(good.contains(from), "{from}\n{good}");
             let bad = good.replacen(from, to, 1);

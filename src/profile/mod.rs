@@ -13,7 +13,7 @@ mod simulate;
 pub use collect::{Collected, ProfilePlan, collect};
 pub use log::{Access, AccessLog, LogError, ShardName};
 pub use render::{PROFILE_SCHEMA, Profile, ProfileRow, html, rows, tables};
-pub use simulate::{Cell, PrefetchKind, SimPlan, Simulated, overlap, simulate};
+pub use simulate::{Cell, SimPlan, Simulated, overlap, simulate};
 
 /// A profile that cannot be made as asked.
 #[derive(Debug, thiserror::Error)]

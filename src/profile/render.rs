@@ -3,8 +3,8 @@
 
 use serde::Serialize;
 
-use super::{AccessLog, PrefetchKind, SimPlan, Simulated, overlap};
-use crate::policy::EvictionKind;
+use super::{AccessLog, SimPlan, Simulated, overlap};
+use crate::policy::{EvictionKind, PrefetchKind};
 use crate::report::chart::{Axis, Part, Point, Series, XyChart};
 use crate::report::page::{Figure, Headline, Page, Section};
 use crate::report::table::{Cell, Column, Row, Table};
@@ -16,6 +16,9 @@ pub const PROFILE_SCHEMA: &str = "floe-profile/1";
 
 /// The factor that headline and timeline show.
 const SHOWN_FACTOR: f64 = 2.0;
+
+/// Points of a plot over steps: enough to see a trend through the noise of single steps.
+const STEP_POINTS: usize = 96;
 
 /// Everything that a report is made of.
 #[derive(Clone, Copy)]
@@ -204,17 +207,8 @@ pub fn html(profile: &Profile<'_>, command: &str) -> String {
         )
         .fact("command", format!("`{command}`"))
         .fact("version", env!("CARGO_PKG_VERSION"));
-    for line in profile.notes().lines() {
-        let (name, rest) = line.split_once([':', '=']).unwrap_or(("sequence", line));
-        let name = if line.starts_with("all times") {
-            "times"
-        } else if line.starts_with("hit") {
-            "hit"
-        } else {
-            name
-        };
-        let named = name == "times" || name == "hit";
-        page = page.fact(if named { name } else { "sequence" }, if named { rest.trim() } else { line });
+    for (name, text) in ["sequence", "hit", "times"].into_iter().zip(profile.notes().lines()) {
+        page = page.fact(name, text);
     }
     if let Some(cell) = profile.shown() {
         let points = 100.0 * (cell.belady_hit_rate - cell.hit_rate);
@@ -231,15 +225,10 @@ pub fn html(profile: &Profile<'_>, command: &str) -> String {
         page = page.headline(Headline {
             value: NumberFormat::Micros.show(cell.stall_us),
             label: "simulated stall per token".into(),
-            note: "default link model: PCIe 5.0 x16 gather".into(),
+            note: format!("link of {:.1} GB/s", profile.plan.link.gb_per_s),
         });
     }
-    for prefetch in profile.plan.prefetches.iter().copied() {
-        if prefetch == PrefetchKind::None {
-            page = page.section(by_slots(profile, &mut inks));
-        }
-    }
-    page = page.section(by_step(profile, &mut inks));
+    page = page.section(by_slots(profile, &mut inks)).section(by_step(profile, &mut inks));
     if let Some(stages) = profile.stages_ns {
         page = page.section(by_stage(&stages));
     }
@@ -251,6 +240,7 @@ pub fn html(profile: &Profile<'_>, command: &str) -> String {
 }
 
 fn by_slots(profile: &Profile<'_>, inks: &mut Inks) -> Section {
+    let Some(&prefetch) = profile.plan.prefetches.first() else { return Section::new("By number of slots") };
     let axis = || Axis::log2("slots").unit("x retrieved").format(NumberFormat::Plain);
     let percent = NumberFormat::Percent(0);
     let mut rate = XyChart::new(axis(), Axis::linear("hit rate").format(percent)).with_legend();
@@ -260,13 +250,13 @@ fn by_slots(profile: &Profile<'_>, inks: &mut Inks) -> Section {
         XyChart::new(axis(), Axis::linear("bytes per token").format(NumberFormat::Bytes)).with_legend();
     for policy in profile.plan.policies.iter().copied() {
         let of = |f: fn(&Simulated) -> f64| -> Vec<Point> {
-            let cells = profile.at(policy, PrefetchKind::None);
+            let cells = profile.at(policy, prefetch);
             cells.map(|c| Point::new(c.cell.slots_factor, f(c))).collect()
         };
         rate.push(Series::line(policy.name(), ink(inks, policy), of(|c| c.hit_rate)));
         bytes.push(Series::line(policy.name(), ink(inks, policy), of(|c| c.bytes_per_token)));
     }
-    Section::new("By number of slots, without prefetch").figures([
+    Section::new(format!("By number of slots, prefetch {}", prefetch.name())).figures([
         Figure::new("Hit rate against slots", rate)
             .caption("No demand cache can lie above the curve of the optimum."),
         Figure::new("Bytes over the link per token", bytes).caption("All shards of the profile together."),
@@ -280,18 +270,23 @@ fn by_step(profile: &Profile<'_>, inks: &mut Inks) -> Section {
     let mut stall =
         XyChart::new(x(), Axis::linear("simulated stall").format(NumberFormat::Micros)).with_legend();
     let positions = &profile.log.positions;
+    let stretch = positions.len().div_ceil(STEP_POINTS).max(1);
     let wanted =
         |c: &&Simulated| c.cell.slots_factor == shown && c.cell.prefetch == profile.plan.prefetches[0];
     for cell in profile.cells.iter().filter(wanted) {
         let (name, ink) = (cell.cell.policy.name(), ink(inks, cell.cell.policy));
         let points = |values: &[f64]| -> Vec<Point> {
-            positions.iter().zip(values).map(|(p, y)| Point::new(*p as f64, *y)).collect()
+            let stretches = positions.chunks(stretch).zip(values.chunks(stretch));
+            let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+            stretches.map(|(p, y)| Point::new(p[p.len() / 2] as f64, mean(y))).collect()
         };
         rate.push(Series::line(name, ink, points(&cell.hit_rate_by_step)));
         stall.push(Series::line(name, ink, points(&cell.stall_by_step_us)));
     }
     Section::new(format!("Step by step, {shown}x slots")).figures([
-        Figure::new("Hit rate by step", rate).caption("The first step finds empty slots."),
+        Figure::new("Hit rate by step", rate).caption(format!(
+            "Each point averages {stretch} consecutive steps; the first step finds empty slots."
+        )),
         Figure::new("Simulated stall by step", stall)
             .caption("Sum over the layers of the profile; simulated."),
     ])

@@ -2,50 +2,9 @@
 
 use super::{AccessLog, ProfileError};
 use crate::page::HotTier;
-use crate::policy::{EvictionKind, belady};
+use crate::policy::{EvictionKind, PrefetchKind, belady};
 use crate::replay::{in_parallel, threads};
 use crate::transfer::{Fetched, LinkModel, Offload, SimLink};
-
-/// What is brought in before a step asks for it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum PrefetchKind {
-    /// Nothing.
-    #[default]
-    None,
-    /// After a layer's step: the selection of that step, for the layer's next step.
-    Last,
-    /// During a layer: the previous step's selection of the next layer.
-    NextLayer,
-    /// During a layer: what a search of the next layer with this layer's query finds.
-    Predicted,
-}
-
-impl PrefetchKind {
-    /// Every kind, in the order of reports.
-    pub const ALL: [Self; 4] = [Self::None, Self::Last, Self::NextLayer, Self::Predicted];
-
-    /// Name in configurations and reports.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Last => "last",
-            Self::NextLayer => "next_layer",
-            Self::Predicted => "predicted",
-        }
-    }
-}
-
-impl std::str::FromStr for PrefetchKind {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|kind| kind.name() == name)
-            .ok_or_else(|| format!("prefetch `{name}`: known are none, last, next_layer, predicted"))
-    }
-}
 
 /// What to simulate: every combination.
 #[derive(Clone, Debug)]
@@ -121,6 +80,14 @@ pub fn simulate(log: &AccessLog, plan: &SimPlan) -> Result<Vec<Simulated>, Profi
     }
     if let Some(factor) = plan.slots_factors.iter().find(|f| !(0.0..=1e6).contains(*f)) {
         return Err(ProfileError::plan("slots_factor", factor, "must be within 0 to 1000000"));
+    }
+    let empty = [
+        ("policies", plan.policies.is_empty()),
+        ("prefetch", plan.prefetches.is_empty()),
+        ("slots", plan.slots_factors.is_empty()),
+    ];
+    if let Some((field, _)) = empty.iter().find(|(_, empty)| *empty) {
+        return Err(ProfileError::plan(field, 0, "must name at least one"));
     }
     if log.accesses.is_empty() {
         return Err(ProfileError::plan("steps", 0, "must be at least 1"));
@@ -228,4 +195,82 @@ fn layers(log: &AccessLog) -> Vec<std::ops::Range<usize>> {
         }
     }
     layers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::Unit;
+    use crate::profile::{Access, ShardName};
+    use proptest::prelude::*;
+
+    fn log_of(steps: Vec<Vec<u32>>) -> AccessLog {
+        let access = |units: Vec<u32>| Access { mass: vec![0.1; units.len()], units, guess: Vec::new() };
+        AccessLog {
+            unit: Unit::Row,
+            unit_bytes: 1000,
+            budget: 8,
+            shards: vec![ShardName { layer: 0, kv_head: 0 }],
+            positions: (0..steps.len() as u64).collect(),
+            accesses: steps.into_iter().map(|units| vec![access(units)]).collect(),
+        }
+    }
+
+    fn plan() -> SimPlan {
+        let link = LinkModel { gb_per_s: 1.0, batch_latency_us: 2.0, layer_us: 10.0, overlap: 0.0 };
+        let (policies, prefetches) = (EvictionKind::ALL.to_vec(), vec![PrefetchKind::None]);
+        SimPlan { policies, prefetches, slots_factors: vec![1.0, 1.5, 4.0], link, threads: 1 }
+    }
+
+    proptest! {
+        #[test]
+        fn no_demand_cache_beats_the_optimum_and_bytes_are_misses(
+            steps in prop::collection::vec(prop::collection::btree_set(0u32..24, 1..8), 1..40),
+        ) {
+            let log = log_of(steps.into_iter().map(|s| s.into_iter().collect()).collect());
+            let requests: usize = log.accesses.iter().map(|s| s[0].units.len()).sum();
+            for cell in simulate(&log, &plan()).unwrap() {
+                prop_assert!(cell.hit_rate <= cell.belady_hit_rate + 1e-12, "{:?}", cell.cell);
+                let misses = (1.0 - cell.hit_rate) * requests as f64;
+                prop_assert!((cell.bytes_per_token * log.accesses.len() as f64 - misses * 1000.0).abs() < 1e-6);
+                let moved_us = misses + 2.0 * log.accesses.len() as f64;
+                prop_assert!(cell.stall_us * log.accesses.len() as f64 <= moved_us + 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn stalls_follow_from_the_link_model() {
+        let log = log_of(vec![vec![1, 2], vec![1, 2], vec![2, 3]]);
+        let cells = simulate(&log, &SimPlan { slots_factors: vec![2.0], ..plan() }).unwrap();
+        assert_eq!(cells[0].stall_by_step_us, [4.0, 0.0, 3.0]);
+        assert_eq!(cells[0].hit_rate_by_step, [0.0, 1.0, 0.5]);
+        assert!((overlap(&log) - 0.75).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_right_guess_hides_the_fetch_behind_the_layer() {
+        let mut log = log_of(vec![vec![1, 2], vec![3, 4], vec![5, 6]]);
+        for step in &mut log.accesses {
+            step[0].guess = step[0].units.clone();
+        }
+        let plan = SimPlan { prefetches: vec![PrefetchKind::Predicted], slots_factors: vec![2.0], ..plan() };
+        let cell = &simulate(&log, &plan).unwrap()[0];
+        assert_eq!(cell.stall_by_step_us, [4.0, 0.0, 0.0]);
+        assert_eq!(cell.prefetch_accuracy, Some(1.0));
+        assert_eq!(cell.hit_rate, 2.0 / 3.0);
+    }
+
+    #[test]
+    fn what_cannot_be_simulated_is_named() {
+        let log = log_of(vec![vec![1]]);
+        let link = LinkModel { overlap: 2.0, ..plan().link };
+        for (plan, field) in [
+            (SimPlan { link, ..plan() }, "overlap"),
+            (SimPlan { slots_factors: vec![-1.0], ..plan() }, "slots_factor"),
+            (SimPlan { policies: Vec::new(), ..plan() }, "policies"),
+        ] {
+            assert!(simulate(&log, &plan).unwrap_err().to_string().contains(field));
+        }
+    }
 }

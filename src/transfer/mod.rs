@@ -7,7 +7,7 @@ mod model;
 mod offload;
 
 pub use model::{LinkModel, SimLink};
-pub use offload::{Fetched, Offload, OffloadError, WARM};
+pub use offload::{Fetched, Offload, OffloadError};
 
 /// One unit on its way into a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,10 +10,7 @@
 //! changes a result. Nothing is allocated after warm-up.
 
 use super::{Completion, Link, Move, Ticket};
-use crate::page::{Admission, HotTier, IllegalTransition, Pin, PinError, Purpose, SlotEvent, SlotLife};
-
-/// In [`Offload::slots`]: the unit is in no slot and is read from the warm tier.
-pub const WARM: u32 = u32::MAX;
+use crate::page::{Admission, HotTier, IllegalTransition, Pin, PinError, Purpose, SlotEvent, SlotLife, WARM};
 
 /// Batches on their way at most; further prefetches are skipped, since a link that far behind brings them too late.
 const FLIGHTS_MAX: usize = 8;
