@@ -168,7 +168,9 @@ fn main() {
                 .map(|&(p, segment)| {
                     let size = trace.group * trace.dim;
                     let q = &trace.q[(p - trace.first) * size..(p - trace.first + 1) * size];
-                    let query = Query { q, group: trace.group, scale: trace.scale, attended_lse: &[] };
+                    let always = |q| attend(&trace, q, &mut (0..SINKS).chain(p + 1 - WINDOW..=p)).1;
+                    let lse: Vec<f32> = q.chunks_exact(trace.dim).map(always).collect();
+                    let query = Query { q, group: trace.group, scale: trace.scale, attended_lse: &lse };
                     let exclude: Vec<u32> = ((p + 1 - WINDOW) as u32..=p as u32).collect();
                     let full: Vec<_> =
                         q.chunks_exact(trace.dim).map(|q| attend(&trace, q, &mut (0..=p))).collect();

@@ -94,7 +94,7 @@ fn time_scan(sketch: &Sketch, pages: &[u32], group: usize) {
     let config = sketch.config();
     let q = noise(group * DIM);
     let mut prepared = PreparedQuery::default();
-    let query = Query { q: &q, group, scale: 0.1 };
+    let query = Query { q: &q, group, scale: 0.1, attended_lse: &[] };
     if config.v_bits() == 0 || config.k_bits() == 4 {
         let prepare = median(|| sketch.prepare(&query, config.k_bits(), &mut prepared));
         let mut out = vec![0.0; pages.len() * group * 16];

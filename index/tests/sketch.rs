@@ -266,7 +266,7 @@ fn first_planes_are_the_signs_and_score_nearly_as_narrower_codes_do() {
     let mut gaussian = Gaussian(4);
     let rows: Vec<_> = (0..512).map(|_| gaussian.vec(128)).collect();
     let q = gaussian.vec(8 * 128);
-    let query = Query { q: &q, group: 8, scale: 1.0 };
+    let query = Query { q: &q, group: 8, scale: 1.0, attended_lse: &[] };
     let pages: Vec<u32> = (0..32).collect();
     let error_of = |config: SketchConfig, planes: usize| {
         let sketch = filled(config, 128, &rows, Isa::detect());
@@ -394,7 +394,7 @@ fn logits_of_recorded_heads_are_estimated_as_theory_says() {
             let mut prepared = PreparedQuery::default();
             let (mut off, mut energy) = (0.0, 0.0);
             for q in &queries {
-                let query = Query { q, group: trace.group, scale: trace.scale };
+                let query = Query { q, group: trace.group, scale: trace.scale, attended_lse: &[] };
                 sketch.prepare(&query, config.k_bits(), &mut prepared);
                 let mut out = vec![0.0; num_tokens * trace.group];
                 sketch.score(&prepared, &pages, &mut out);

@@ -43,9 +43,15 @@ fn table(rows: &[ReplayRow], inks: &mut Inks) -> Table {
         if seen.contains(&key) {
             continue;
         }
-        seen.push(key);
-        let mut cells =
-            vec![Cell::text(key.0).ink(ink(inks, key.0)), Cell::number(key.1 as f64, NumberFormat::Plain)];
+        let of_policy = || rows.iter().filter(|r| r.policy == key.0);
+        let budget = if heeds_budget(of_policy()) {
+            seen.push(key);
+            Cell::number(key.1 as f64, NumberFormat::Plain)
+        } else {
+            seen.extend(of_policy().map(|r| (key.0, r.budget)));
+            Cell::text("any")
+        };
+        let mut cells = vec![Cell::text(key.0).ink(ink(inks, key.0)), budget];
         let of_key: Vec<&ReplayRow> = rows.iter().filter(|r| (r.policy.as_str(), r.budget) == key).collect();
         for segment in &segments {
             match of_key.iter().find(|r| r.segment == *segment) {
@@ -64,6 +70,20 @@ fn table(rows: &[ReplayRow], inks: &mut Inks) -> Table {
         table.push_checked(if is_own(key.0) { row.emphasised() } else { row });
     }
     table
+}
+
+/// Whether the rows of one policy differ from budget to budget.
+fn heeds_budget<'a>(rows: impl Iterator<Item = &'a ReplayRow>) -> bool {
+    let mut firsts: Vec<&ReplayRow> = Vec::new();
+    let measured = |r: &ReplayRow| (r.mean_error, r.mass_kept, r.tokens_read, r.bytes_read);
+    for row in rows {
+        match firsts.iter().find(|first| (&first.trace, &first.segment) == (&row.trace, &row.segment)) {
+            Some(first) if measured(first) != measured(row) => return true,
+            Some(_) => {}
+            None => firsts.push(row),
+        }
+    }
+    firsts.is_empty()
 }
 
 /// A self-contained page: tables, error and mass against budget, error by position.

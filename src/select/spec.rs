@@ -2,8 +2,12 @@
 
 use std::str::FromStr;
 
+use floe_cuda::cpu::quant::QuantKind;
 use floe_index::sketch::SketchConfig;
 use floe_index::{Tail, Unit};
+
+/// Newest tokens that `kivi2` keeps exact: as many as the default window, within the 32 to 128 that KIVI uses.
+const KIVI_RESIDUAL: usize = 64;
 
 /// A policy, with the text it was given as.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +31,8 @@ pub enum PolicyKind {
     Oracle,
     /// Pages of similar keys.
     Floe(IndexOptions),
+    /// Full attention over quantised keys and values.
+    Quantised(QuantKind),
 }
 
 /// Switches of the policies that search an index.
@@ -55,7 +61,9 @@ impl IndexOptions {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// No policy of that name.
-    #[error("policy `{0}`: unknown name; known are full, window, quest, pagemean, oracle, floe")]
+    #[error(
+        "policy `{0}`: unknown name; known are full, window, quest, pagemean, oracle, floe, int8, int4, kivi2"
+    )]
     Name(String),
     /// The policy has no such option.
     #[error("policy `{policy}`: unknown option `{key}`; it takes {known}")]
@@ -133,6 +141,9 @@ impl FromStr for Policy {
             "window" => plain(PolicyKind::Window)?,
             "quest" => plain(PolicyKind::Quest)?,
             "oracle" => plain(PolicyKind::Oracle)?,
+            "int8" => plain(PolicyKind::Quantised(QuantKind::Int8))?,
+            "int4" => plain(PolicyKind::Quantised(QuantKind::Int4))?,
+            "kivi2" => plain(PolicyKind::Quantised(QuantKind::Kivi2 { residual: KIVI_RESIDUAL }))?,
             "pagemean" => PolicyKind::PageMean(index_options(name, options, IndexOptions::PAGEMEAN)?),
             "floe" => PolicyKind::Floe(index_options(name, options, IndexOptions::FLOE)?),
             _ => return Err(SpecError::Name(name.into())),
@@ -198,6 +209,9 @@ mod tests {
             "quest",
             "pagemean",
             "oracle",
+            "int8",
+            "int4",
+            "kivi2",
             "floe",
             "floe:tail=off",
             "pagemean:sketch=k1,tail=page",
