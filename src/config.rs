@@ -24,7 +24,10 @@ pub struct Config {
     pub window: usize,
     /// The first layers that stay dense, whatever the policy.
     pub dense_layers: usize,
-    /// Worker threads; 0 = one per core.
+    /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
+    /// is attended exactly over its span, whatever the policy. Empty = no layer is limited, else `[num_layers]`.
+    pub spans: Vec<Option<usize>>,
+    /// Worker threads; 0 = as many as `RAYON_NUM_THREADS` says, without it one per core.
     pub threads: usize,
     /// Seed of everything random: projections, rotations, sampling.
     pub seed: u64,
@@ -43,6 +46,7 @@ impl Config {
             sinks: 16,
             window: 64,
             dense_layers: 0,
+            spans: Vec::new(),
             threads: 0,
             seed: 0,
         }
@@ -80,6 +84,17 @@ impl Config {
                 format!("the model has {} layers", self.num_layers),
             ));
         }
+        if !self.spans.is_empty() && self.spans.len() != self.num_layers {
+            let got = format!("{} layers", self.spans.len());
+            return Err(Error::config(
+                "spans",
+                got,
+                format!("must be empty or have {} layers", self.num_layers),
+            ));
+        }
+        if let Some(layer) = self.spans.iter().position(|span| *span == Some(0)) {
+            return Err(Error::config("spans", 0, format!("layer {layer} must attend at least 1 token")));
+        }
         if self.threads > 4096 {
             return Err(Error::config("threads", self.threads, "must be at most 4096"));
         }
@@ -96,11 +111,13 @@ mod tests {
         let heads = HeadShape::new(4, 2, 64).unwrap();
         let ok = Config::new(2, heads, KvDtype::Bf16);
         assert!(ok.validate().is_ok());
-        let cases: [(&str, Config); 6] = [
+        let cases: [(&str, Config); 8] = [
             ("num_layers", Config { num_layers: 0, ..ok.clone() }),
             ("window", Config { window: 15, ..ok.clone() }),
             ("budget", Config { budget: 79, ..ok.clone() }),
             ("dense_layers", Config { dense_layers: 3, ..ok.clone() }),
+            ("spans", Config { spans: vec![None], ..ok.clone() }),
+            ("spans", Config { spans: vec![None, Some(0)], ..ok.clone() }),
             ("threads", Config { threads: 5000, ..ok.clone() }),
             ("sinks", Config { sinks: 1 << 40, ..ok.clone() }),
         ];

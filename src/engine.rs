@@ -1,6 +1,10 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
+mod prefill_attend;
+
 use std::collections::HashMap;
+
+pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
@@ -9,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId};
 use crate::page::ShardPages;
 use crate::prefill;
+use crate::select::Policy;
 use crate::sequence::Sequence;
 use crate::step::StepReport;
 use crate::transfer::{InPlace, Transfer};
@@ -208,6 +213,7 @@ impl Engine {
             sequence
                 .layers
                 .par_iter_mut()
+                .filter(|l| l.span.is_none())
                 .flat_map(|l| l.shards.par_iter_mut())
                 .try_for_each(prefill::publish)
         })
@@ -226,6 +232,21 @@ impl Engine {
                 layer.num_tokens = num_tokens;
             }
         }
+        Ok(())
+    }
+
+    /// Changes how tokens are selected from now on. Every sequence keeps its keys and values; selectors start anew and
+    /// learn all stored tokens with the next step, or with [`Engine::publish`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the budget cannot hold sinks and window; the engine is then unchanged.
+    pub fn set_policy(&mut self, policy: Policy, budget: usize) -> Result<()> {
+        let config = Config { policy, budget, ..self.config.clone() };
+        config.validate()?;
+        for layer in self.sequences.values_mut().flat_map(|sequence| &mut sequence.layers) {
+            layer.shards.iter_mut().try_for_each(|shard| shard.reselect(&config))?;
+        }
+        self.config = config;
         Ok(())
     }
 

@@ -28,7 +28,7 @@ pub mod report;
 pub mod trace;
 
 pub use config::Config;
-pub use engine::{DecodeStep, Engine, SequenceMemory};
+pub use engine::{DecodeStep, Engine, PrefillStep, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};
 pub use select::{Policy, SpecError};

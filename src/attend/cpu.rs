@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use floe_cuda::{Isa, Rows, dense_decode, merge_states, sparse_decode};
 
-use super::{AttendScratch, AttentionBackend};
+use super::causal::attend_causal;
+use super::{AttendScratch, AttentionBackend, CausalQueries};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::page::{ShardPages, with_rows};
@@ -66,5 +67,15 @@ impl AttentionBackend for CpuBackend {
             }
         });
         Ok(())
+    }
+
+    fn attend_causal(
+        &self,
+        queries: &CausalQueries<'_>,
+        pages: &ShardPages,
+        scratch: &mut AttendScratch,
+        out: &mut [f32],
+    ) -> Result<()> {
+        with_rows!(pages, rows => attend_causal(self.isa, queries, rows, scratch, out))
     }
 }

@@ -1,10 +1,12 @@
 //! Exact attention over chosen rows of one shard.
 
+mod causal;
 mod cpu;
 pub mod exact;
 
 use std::ops::Range;
 
+pub use causal::CausalQueries;
 pub use cpu::CpuBackend;
 
 use crate::error::Result;
@@ -20,6 +22,7 @@ pub struct AttendScratch {
     rows: floe_cuda::AttendScratch,
     splits: floe_cuda::SplitScratch,
     part: StateBuf,
+    all: StateBuf,
 }
 
 /// Where attention runs. One implementation is chosen when the engine is opened.
@@ -48,5 +51,17 @@ pub trait AttentionBackend: Send + Sync {
         selection: &Selection,
         scratch: &mut AttendScratch,
         state: &mut StateBuf,
+    ) -> Result<()>;
+
+    /// Causal attention of consecutive stored tokens, on the calling thread; `out` is `[tokens, group, head_dim]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    fn attend_causal(
+        &self,
+        queries: &CausalQueries<'_>,
+        pages: &ShardPages,
+        scratch: &mut AttendScratch,
+        out: &mut [f32],
     ) -> Result<()>;
 }
