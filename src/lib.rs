@@ -23,6 +23,8 @@ pub mod reuse;
 pub mod select;
 pub mod transfer;
 
+#[cfg(feature = "candle")]
+pub mod host;
 pub mod replay;
 pub mod report;
 pub mod trace;
