@@ -6,14 +6,14 @@
 
 use rayon::prelude::*;
 
-use crate::attend::{AttendScratch, AttentionBackend};
+use crate::attend::{AttendScratch, AttentionBackend, Tokens};
 use crate::config::Config;
 use crate::error::Result;
 use crate::page::PageTable;
 use crate::plan::{HeadPath, StepFacts, choose};
 use crate::prefill::publish;
 use crate::query::GroupQuery;
-use crate::select::SelectScratch;
+use crate::select::{SelectRequest, SelectScratch};
 use crate::selection::Selection;
 use crate::sequence::{LayerShards, Shard};
 use crate::shape::PageShape;
@@ -125,9 +125,10 @@ fn decode_shard(
         reused_tokens: matched.map_or(0, |m| m.covered as usize),
     });
 
-    // 4 select
+    // 4 select; sinks and window are attended first, because they tell how much each head has left to look for
     let selection = &mut space.selection;
     let mut select_bytes = 0;
+    space.state.reset(group, head_dim);
     match path {
         HeadPath::Exact | HeadPath::ExactWithinBudget | HeadPath::ExactDenseLayer => {
             selection.reset(num_tokens, 0, 0)
@@ -142,7 +143,13 @@ fn decode_shard(
             let window = num_tokens.saturating_sub(config.window as u32).min(shard.published as u32);
             selection.reset(num_tokens, config.sinks as u32, window);
             let budget = config.budget.saturating_sub(selection.num_tokens());
-            let cost = shard.selector.select(&query, &shard.pages, budget, &mut space.select, selection)?;
+            for fixed in [&selection.sinks, &selection.window] {
+                let tokens = Tokens::Range(fixed.clone());
+                step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
+            }
+            let request =
+                SelectRequest { query, pages: &shard.pages, budget, attended_lse: &space.state.lse };
+            let cost = shard.selector.select(&request, &mut space.select, selection)?;
             select_bytes = cost.bytes_read;
         }
     }
@@ -155,18 +162,11 @@ fn decode_shard(
     let fetched = step.transfer.fetch(&shard.pages, space.table.entries());
 
     // 7 attend
-    if path == HeadPath::Sparse {
-        step.backend.attend_selection(
-            &query,
-            &shard.pages,
-            selection,
-            &mut space.attend,
-            &mut space.state,
-        )?;
-    } else {
-        let tokens = selection.window.clone();
-        step.backend.attend_range(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
-    }
+    let tokens = match path {
+        HeadPath::Sparse => Tokens::List(&selection.retrieved),
+        _ => Tokens::Range(selection.window.clone()),
+    };
+    step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
     report.exact_lse.clone_from(&space.state.lse);
 
     // 8 merge

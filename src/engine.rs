@@ -143,7 +143,7 @@ impl Engine {
     }
 
     /// Appends one token to one layer and attends with its queries; `out` receives `[num_q_heads, head_dim]` f32. Nothing
-    /// is stored when the arguments are refused.
+    /// is stored when an error is returned.
     ///
     /// # Errors
     /// Unknown sequence or layer, a position that is not the layer's next, a shape that does not fit the model, a number
@@ -172,8 +172,8 @@ impl Engine {
         if out.len() != heads.num_q_heads() * heads.head_dim() {
             return Err(Error::shape("out", format!("{q_shape:?}"), format!("{} elements", out.len())));
         }
-        if !step.scale.is_finite() {
-            return Err(Error::config("scale", step.scale, "must be finite"));
+        if !step.scale.is_finite() || step.scale <= 0.0 {
+            return Err(Error::config("scale", step.scale, "must be finite and above 0"));
         }
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let num_layers = sequence.layers.len();
@@ -196,9 +196,11 @@ impl Engine {
             q: step.q,
             q_pre: step.q_pre,
         };
+        let stored = layer.num_tokens;
         self.pool.install(|| {
-            prefill::append(layer, &step.k_new, &step.v_new)?;
-            decode_layer(&context, layer, out, report)
+            prefill::append(layer, &step.k_new, &step.v_new)
+                .and_then(|()| decode_layer(&context, layer, out, report))
+                .or_else(|error| layer.truncate(stored).and(Err(error)))
         })
     }
 
@@ -228,8 +230,7 @@ impl Engine {
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         for layer in &mut sequence.layers {
             if num_tokens < layer.num_tokens {
-                layer.shards.iter_mut().try_for_each(|shard| shard.truncate(num_tokens))?;
-                layer.num_tokens = num_tokens;
+                layer.truncate(num_tokens)?;
             }
         }
         Ok(())

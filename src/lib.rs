@@ -37,3 +37,8 @@ pub use select::{Policy, SpecError};
 pub use shape::{HeadShape, KvDtype};
 pub use step::{ShardReport, StepReport};
 pub use view::TensorView;
+
+/// Compiles the README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

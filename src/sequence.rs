@@ -52,6 +52,15 @@ pub(crate) struct LayerShards {
     pub(crate) span: Option<usize>,
 }
 
+impl LayerShards {
+    /// Forgets the tokens at and after `num_tokens`.
+    pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
+        self.shards.iter_mut().try_for_each(|shard| shard.truncate(num_tokens))?;
+        self.num_tokens = num_tokens;
+        Ok(())
+    }
+}
+
 /// Every layer of one sequence. Layers advance independently: a host engine decodes layer after layer.
 pub(crate) struct Sequence {
     pub(crate) layers: Vec<LayerShards>,

@@ -1,8 +1,10 @@
 //! Which vector instructions to use, as a value.
 
-/// Proof that this machine has AVX-512 F, BW, DQ and VL (with AVX2, FMA and F16C).
+/// Proof that this machine has AVX-512 F, BW, DQ and VL (with AVX2, FMA and F16C), perhaps also BF16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Avx512(());
+pub struct Avx512 {
+    bf16: bool,
+}
 
 impl Avx512 {
     /// `None` where an instruction set is missing.
@@ -14,9 +16,14 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vl")
             && Avx2::detect().is_some()
         {
-            return Some(Self(()));
+            return Some(Self { bf16: is_x86_feature_detected!("avx512bf16") });
         }
         None
+    }
+
+    /// Whether AVX512-BF16 is there too: then queries that are exactly bf16 meet bf16 keys without widening.
+    pub fn has_bf16(self) -> bool {
+        self.bf16
     }
 }
 

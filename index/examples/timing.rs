@@ -120,6 +120,7 @@ fn main() {
                         q: &q[j * GROUP * DIM..(j + 1) * GROUP * DIM],
                         group: GROUP,
                         scale: 1.0 / (DIM as f32).sqrt(),
+                        attended_lse: &[],
                     };
                     let start = Instant::now();
                     index.search(&query, &[], &params, &mut scratch, &mut found).unwrap();

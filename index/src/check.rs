@@ -64,7 +64,19 @@ pub(crate) fn query(query: &Query<'_>, dim: usize) -> Result<(), IndexError> {
         let value = f64::from(query.scale);
         return Err(IndexError::Config { field: "scale", value, expected: "finite and above 0" });
     }
-    finite(Field::Query, query.q, dim, None)
+    finite(Field::Query, query.q, dim, None)?;
+    if query.attended_lse.is_empty() {
+        return Ok(());
+    }
+    shape(Field::AttendedLse, query.group, query.attended_lse.len())?;
+    // -inf is the mass of no tokens.
+    match query.attended_lse.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
+        None => Ok(()),
+        Some(row) => {
+            let value = query.attended_lse[row];
+            Err(IndexError::NonFinite { field: Field::AttendedLse, row, id: None, position: 0, value })
+        }
+    }
 }
 
 /// Ranges of the effort knobs.

@@ -9,6 +9,8 @@ pub enum Field {
     Values,
     /// `Query::q` `[group, dim]`.
     Query,
+    /// `Query::attended_lse` `[group]`.
+    AttendedLse,
     /// `out` `[group, dim]` of the tail.
     Out,
     /// `lse` `[group]` of the tail.
@@ -21,6 +23,7 @@ impl std::fmt::Display for Field {
             Field::Keys => "keys",
             Field::Values => "values",
             Field::Query => "q",
+            Field::AttendedLse => "attended_lse",
             Field::Out => "out",
             Field::Lse => "lse",
         })

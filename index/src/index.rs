@@ -33,6 +33,9 @@ pub struct Query<'a> {
     pub group: usize,
     /// Softmax scale, usually `1 / sqrt(dim)`.
     pub scale: f32,
+    /// `[group]` f32, natural log: mass of each head over the tokens that the caller attends anyway; `&[]` = unknown. A
+    /// head that finds its mass there has less say in what is selected.
+    pub attended_lse: &'a [f32],
 }
 
 /// What a search ranks.

@@ -19,6 +19,7 @@ mod scratch;
 mod search;
 pub mod simd;
 pub mod sketch;
+mod snapshot;
 mod topk;
 
 pub use dci::Dci;

@@ -1,6 +1,7 @@
 //! Working memory of a search, owned by the caller: one per worker thread.
 
 use crate::quant::QuantQuery;
+use crate::sketch::PreparedQuery;
 use crate::topk::TopK;
 
 /// Reused by any number of searches on any index; grows to the largest and then stays.
@@ -16,6 +17,8 @@ pub struct Scratch {
     /// Excluded young entries, sorted.
     pub(crate) hidden_young: Vec<u32>,
     pub(crate) top: TopK,
+    /// `[group]` log mass attended anyway, without the centre's share; empty = unknown.
+    pub(crate) attended: Vec<f32>,
     /// `[group]` log normaliser.
     pub(crate) norm: Vec<f32>,
     /// `[group, 16]` partial sums, weights.
@@ -24,6 +27,16 @@ pub struct Scratch {
     /// Blocks to open at the next level.
     pub(crate) opened: Vec<u32>,
     pub(crate) ranked: Vec<(f32, u32)>,
+    /// The query as the sketch reads it.
+    pub(crate) prepared: PreparedQuery,
+    /// `[group]` what a token's score gains per squared scale of its code.
+    pub(crate) spread: Vec<f32>,
+    /// Pages whose tokens are scored.
+    pub(crate) pages: Vec<u32>,
+    /// `[parts, group, 16]` weights of pages that their tokens carry.
+    pub(crate) carried: Vec<f32>,
+    /// `[group, padded_dim]` sums of value residuals.
+    pub(crate) residual: Vec<f32>,
 }
 
 /// Lanes of one page that are attended elsewhere.

@@ -126,7 +126,7 @@ fn bad_input_is_refused_by_name_and_changes_nothing() {
         assert_eq!(index.build(&data.batch(60..70)), Err(IndexError::NotEmpty { len: 50 }));
         assert_eq!(index.len(), 50);
         let mut found = Found::default();
-        let query = Query { q: &keys[..dim - 1], group: 1, scale: 1.0 };
+        let query = Query { q: &keys[..dim - 1], group: 1, scale: 1.0, attended_lse: &[] };
         let params = SearchParams::exact(8, Unit::Page, Tail::Off);
         let search = |q: &Query<'_>, ex: &[u32], p: &SearchParams, f: &mut Found| {
             index.search(q, ex, p, &mut Scratch::default(), f)

@@ -1,16 +1,12 @@
 //! Attention on the CPU, straight from the warm tier.
 
-use std::ops::Range;
-
-use floe_cuda::{Isa, Rows, dense_decode, merge_states, sparse_decode};
+use floe_cuda::{Isa, Rows, dense_decode, sparse_decode};
 
 use super::causal::attend_causal;
-use super::{AttendScratch, AttentionBackend, CausalQueries};
+use super::{AttendScratch, AttentionBackend, CausalQueries, Tokens};
 use crate::error::Result;
-use crate::ids::TokenPos;
 use crate::page::{ShardPages, with_rows};
 use crate::query::GroupQuery;
-use crate::selection::Selection;
 use crate::state::StateBuf;
 
 /// The vector kernels of floe-cuda, with the widest instructions that the machine has.
@@ -28,45 +24,24 @@ impl CpuBackend {
 }
 
 impl AttentionBackend for CpuBackend {
-    fn attend_range(
+    fn attend(
         &self,
         query: &GroupQuery<'_>,
         pages: &ShardPages,
-        tokens: Range<TokenPos>,
+        tokens: Tokens<'_>,
         scratch: &mut AttendScratch,
         state: &mut StateBuf,
     ) -> Result<()> {
-        let range = tokens.start as usize..tokens.end as usize;
-        state.reset(query.group, pages.shape().head_dim());
-        with_rows!(pages, rows => {
-            dense_decode(&query.over(self.isa, rows), range, &mut scratch.splits, state.as_mut())?;
-        });
-        Ok(())
-    }
-
-    fn attend_selection(
-        &self,
-        query: &GroupQuery<'_>,
-        pages: &ShardPages,
-        selection: &Selection,
-        scratch: &mut AttendScratch,
-        state: &mut StateBuf,
-    ) -> Result<()> {
-        let part = &mut scratch.part;
-        state.reset(query.group, pages.shape().head_dim());
+        let AttendScratch { rows: list, splits, part, .. } = scratch;
         part.reset(query.group, pages.shape().head_dim());
-        let fixed = |r: &Range<TokenPos>| Rows::Range(r.start as usize..r.end as usize);
         with_rows!(pages, rows => {
             let attend = query.over(self.isa, rows);
-            for which in [fixed(&selection.sinks), Rows::List(&selection.retrieved), fixed(&selection.window)] {
-                if which.is_empty() {
-                    continue;
-                }
-                sparse_decode(&attend, which, &mut scratch.rows, part.as_mut())?;
-                merge_states(state.as_mut(), part.as_ref())?;
+            match tokens {
+                Tokens::Range(r) => dense_decode(&attend, r.start as usize..r.end as usize, splits, part.as_mut())?,
+                Tokens::List(tokens) => sparse_decode(&attend, Rows::List(tokens), list, part.as_mut())?,
             }
         });
-        Ok(())
+        state.merge(part)
     }
 
     fn attend_causal(

@@ -13,7 +13,6 @@ use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::page::ShardPages;
 use crate::query::GroupQuery;
-use crate::selection::Selection;
 use crate::state::StateBuf;
 
 /// Scratch of one worker thread.
@@ -25,30 +24,27 @@ pub struct AttendScratch {
     all: StateBuf,
 }
 
+/// Tokens of one shard.
+#[derive(Clone, Debug)]
+pub enum Tokens<'a> {
+    /// Consecutive positions.
+    Range(Range<TokenPos>),
+    /// Ascending positions.
+    List(&'a [TokenPos]),
+}
+
 /// Where attention runs. One implementation is chosen when the engine is opened.
 pub trait AttentionBackend: Send + Sync {
-    /// State over a run of tokens; long runs are split over the worker threads, with the same bits for any number.
+    /// Adds the attention of `tokens` to `state`, which covers other tokens or none. Long ranges are split over the worker
+    /// threads, with the same bits for any number.
     ///
     /// # Errors
     /// When a shape does not fit.
-    fn attend_range(
+    fn attend(
         &self,
         query: &GroupQuery<'_>,
         pages: &ShardPages,
-        tokens: Range<TokenPos>,
-        scratch: &mut AttendScratch,
-        state: &mut StateBuf,
-    ) -> Result<()>;
-
-    /// State over the sinks, window and retrieved tokens of a selection.
-    ///
-    /// # Errors
-    /// When a shape does not fit.
-    fn attend_selection(
-        &self,
-        query: &GroupQuery<'_>,
-        pages: &ShardPages,
-        selection: &Selection,
+        tokens: Tokens<'_>,
         scratch: &mut AttendScratch,
         state: &mut StateBuf,
     ) -> Result<()>;

@@ -4,7 +4,6 @@
 #[cfg(feature = "candle")]
 mod generate;
 mod replay;
-mod table;
 mod trace;
 
 use std::io::{self, Write};

@@ -17,8 +17,18 @@ const BUNDLED: (&str, &[u8]) = (
 );
 
 /// Policies of a replay without `--policy`.
-const POLICIES: [&str; 7] =
-    ["full", "window", "quest", "pagemean", "oracle", "floe:tail=off", "floe:tail=page"];
+const POLICIES: [&str; 10] = [
+    "full",
+    "int4",
+    "kivi2",
+    "window",
+    "quest",
+    "pagemean",
+    "oracle",
+    "floe:sketch=off",
+    "floe:sketch=k1",
+    "floe",
+];
 
 #[derive(Args)]
 pub struct ReplayArgs {
@@ -29,7 +39,7 @@ pub struct ReplayArgs {
     #[arg(long = "policy", value_name = "SPEC")]
     policies: Vec<Policy>,
     /// Tokens attended exactly per kv head and step, sinks and window included.
-    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "96,128,256,512,1024")]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "96,256,1024")]
     budgets: Vec<usize>,
     /// Segments to measure [default: all in the decoded part].
     #[arg(long, value_name = "NAME,NAME", value_delimiter = ',')]

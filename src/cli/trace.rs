@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
+use floe::report::NumberFormat;
+use floe::report::table::{Cell, Column, Row, Table};
 use floe::trace::{QueryRange, Rope, SliceRequest, SynthRequest, Trace, rope_error};
 use indicatif::{ProgressBar, ProgressStyle};
-
-use super::table::{Align, Table};
 
 /// Queries whose rotation `info` checks, per trace.
 const ROPE_QUERIES_CHECKED: usize = 64;
@@ -118,20 +118,14 @@ pub fn run(command: TraceCommand) -> anyhow::Result<()> {
 }
 
 fn info(args: &InfoArgs) -> anyhow::Result<()> {
-    let (left, right) = (Align::Left, Align::Right);
-    let mut table = Table::new(&[
-        ("trace", left),
-        ("layer", right),
-        ("kv head", right),
-        ("tokens", right),
-        ("prefill", right),
-        ("queries", right),
-        ("group", right),
-        ("dim", right),
-        ("rope", left),
-        ("rope error", right),
-        ("MB", right),
-    ]);
+    let numbers = |labels: &'static [&str]| labels.iter().map(|label| Column::number(*label));
+    let mut table = Table::new(
+        [Column::text("trace"), Column::text("layer"), Column::text("kv head")]
+            .into_iter()
+            .chain(numbers(&["tokens", "prefill", "queries", "group", "dim"]))
+            .chain([Column::text("rope")])
+            .chain(numbers(&["rope error", "size"])),
+    );
     // Traces of one recording share most facts: each set of facts is printed once, with the traces it holds for.
     let mut facts: Vec<(Facts, Vec<String>)> = Vec::new();
     let mut mismatched = Vec::new();
@@ -142,19 +136,21 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
         if error > ROPE_ERROR_MAX {
             mismatched.push(trace.name());
         }
-        table.row(vec![
-            trace.name(),
-            format!("{}/{}", meta.layer, meta.num_layers),
-            format!("{}/{}", meta.kv_head, meta.num_kv_heads),
-            meta.num_tokens.to_string(),
-            meta.index_until.to_string(),
-            meta.num_queries.to_string(),
-            meta.group().to_string(),
-            meta.head_dim.to_string(),
-            meta.rope.name().to_string(),
-            format!("{error:.4}"),
-            megabytes(trace.size_bytes()),
-        ]);
+        let counts = [meta.num_tokens, meta.index_until, meta.num_queries, meta.group(), meta.head_dim];
+        table.push(Row::new(
+            [
+                Cell::text(trace.name()),
+                Cell::text(format!("{}/{}", meta.layer, meta.num_layers)),
+                Cell::text(format!("{}/{}", meta.kv_head, meta.num_kv_heads)),
+            ]
+            .into_iter()
+            .chain(counts.map(|n| Cell::number(n as f64, NumberFormat::Count)))
+            .chain([
+                Cell::text(meta.rope.name()),
+                Cell::number(error, NumberFormat::Decimals(4)),
+                Cell::number(trace.size_bytes() as f64, NumberFormat::Bytes),
+            ]),
+        ))?;
         let own = Facts::of(&trace);
         match facts.iter_mut().find(|(known, _)| *known == own) {
             Some((_, names)) => names.push(trace.name()),
@@ -162,7 +158,7 @@ fn info(args: &InfoArgs) -> anyhow::Result<()> {
         }
     }
     let mut out = io::stdout().lock();
-    write!(out, "{}", table.render())?;
+    write!(out, "{table}")?;
     for (own, names) in &facts {
         writeln!(out)?;
         if facts.len() > 1 {
@@ -248,17 +244,12 @@ fn report_written(path: &Path) -> anyhow::Result<()> {
     let meta = trace.meta();
     writeln!(
         io::stdout(),
-        "{}: {} tokens, {} queries of {} heads, {} MB",
+        "{}: {} tokens, {} queries of {} heads, {}",
         path.display(),
         meta.num_tokens,
         meta.num_queries,
         meta.group(),
-        megabytes(trace.size_bytes()),
+        NumberFormat::Bytes.show(trace.size_bytes() as f64),
     )?;
     Ok(())
-}
-
-/// Millions of bytes, two decimals.
-fn megabytes(bytes: u64) -> String {
-    format!("{:.2}", bytes as f64 / 1e6)
 }

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::MeasuredStep;
-use crate::attend::{AttendScratch, AttentionBackend, CpuBackend};
+use crate::attend::{AttendScratch, AttentionBackend, CpuBackend, Tokens};
 use crate::config::Config;
 use crate::error::Result;
 use crate::page::ShardPages;
@@ -51,7 +51,9 @@ impl Truth {
                 let query = GroupQuery { q: &q, group: meta.group(), scale: meta.softmax_scale as f32 };
                 let num_tokens = step.position + 1;
                 let mut state = StateBuf::default();
-                backend.attend_range(&query, &pages, 0..num_tokens as u32, attend, &mut state)?;
+                state.reset(meta.group(), meta.head_dim);
+                let all = Tokens::Range(0..num_tokens as u32);
+                backend.attend(&query, &pages, all, attend, &mut state)?;
                 let end = num_tokens.saturating_sub(config.window).max(config.sinks);
                 let candidates = config.sinks.min(end) as u32..end as u32;
                 let mut ranking = Vec::new();

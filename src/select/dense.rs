@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{SelectCost, SelectScratch, Selector};
+use super::{SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::page::ShardPages;
@@ -26,9 +26,7 @@ impl Selector for Full {
 
     fn select(
         &self,
-        _query: &GroupQuery<'_>,
-        _pages: &ShardPages,
-        _budget: usize,
+        _request: &SelectRequest<'_>,
         _scratch: &mut SelectScratch,
         selection: &mut Selection,
     ) -> Result<SelectCost> {
@@ -63,9 +61,7 @@ impl Selector for Window {
 
     fn select(
         &self,
-        _query: &GroupQuery<'_>,
-        _pages: &ShardPages,
-        _budget: usize,
+        _request: &SelectRequest<'_>,
         _scratch: &mut SelectScratch,
         _selection: &mut Selection,
     ) -> Result<SelectCost> {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use floe_index::{Batch, Dci, Flat, KeyIndex, Query, SearchParams, Tail, TailOut};
 
-use super::{IndexOptions, SelectCost, SelectScratch, Selector};
+use super::{IndexOptions, SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ids::TokenPos;
@@ -18,6 +18,8 @@ pub(super) struct Indexed {
     index: Box<dyn KeyIndex>,
     /// Search parameters of every step, the budget aside.
     params: SearchParams,
+    /// Whether the ranking heeds the mass on sinks and window; the published page policies do not.
+    heeds_attended: bool,
     /// First position the index may hold.
     sinks: TokenPos,
     /// Positions below this one have been published.
@@ -27,17 +29,20 @@ pub(super) struct Indexed {
 impl Indexed {
     /// Consecutive pages, scanned.
     pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
-        Ok(Self::over(Box::new(Flat::new(config.heads.head_dim())?), config, options))
+        let index = Box::new(Flat::with_sketch(config.heads.head_dim(), options.sketch)?);
+        Ok(Self { heeds_attended: false, ..Self::over(index, config, options) })
     }
 
     /// Pages of similar keys, in a tree.
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
-        Ok(Self::over(Box::new(Dci::new(config.heads.head_dim())?), config, options))
+        let index = Box::new(Dci::with_sketch(config.heads.head_dim(), options.sketch)?);
+        Ok(Self::over(index, config, options))
     }
 
     fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {
-        let params = SearchParams::exact(0, options.unit, options.tail);
-        Self { index, params, sinks: config.sinks as TokenPos, published: 0 }
+        let exact = SearchParams::exact(0, options.unit, options.tail);
+        let params = SearchParams { open_fraction: options.open, ..exact };
+        Self { index, params, heeds_attended: true, sinks: config.sinks as TokenPos, published: 0 }
     }
 
     /// Positions that the index holds although the window attends them: they joined while still in the window.
@@ -80,15 +85,14 @@ impl Selector for Indexed {
 
     fn select(
         &self,
-        query: &GroupQuery<'_>,
-        _pages: &ShardPages,
-        budget: usize,
+        request: &SelectRequest<'_>,
         scratch: &mut SelectScratch,
         selection: &mut Selection,
     ) -> Result<SelectCost> {
         self.exclude(selection, &mut scratch.exclude);
-        let params = SearchParams { budget, ..self.params };
-        let query = Query { q: query.q, group: query.group, scale: query.scale };
+        let params = SearchParams { budget: request.budget, ..self.params };
+        let attended_lse = if self.heeds_attended { request.attended_lse } else { &[] };
+        let query = index_query(&request.query, attended_lse);
         self.index.search(&query, &scratch.exclude, &params, &mut scratch.index, &mut scratch.found)?;
         selection.retrieved.extend(scratch.found.tokens.iter().map(|hit| hit.id));
         selection.retrieved.sort_unstable();
@@ -105,7 +109,7 @@ impl Selector for Indexed {
         if self.params.tail == Tail::Off {
             return Ok(SelectCost::default());
         }
-        let query = Query { q: query.q, group: query.group, scale: query.scale };
+        let query = index_query(query, &[]);
         let state = TailOut { out: out.out, lse: out.lse };
         self.index.tail(&query, &scratch.exclude, &scratch.found, &mut scratch.index, state)?;
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
@@ -114,4 +118,8 @@ impl Selector for Indexed {
     fn size_bytes(&self) -> usize {
         self.index.memory().total_bytes()
     }
+}
+
+fn index_query<'a>(query: &GroupQuery<'a>, attended_lse: &'a [f32]) -> Query<'a> {
+    Query { q: query.q, group: query.group, scale: query.scale, attended_lse }
 }

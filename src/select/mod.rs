@@ -5,10 +5,13 @@ mod dense;
 mod group;
 mod indexed;
 mod oracle;
+mod quantised;
 mod quest;
 mod spec;
 
 use std::ops::Range;
+
+use half::{bf16, f16};
 
 pub(crate) use oracle::Oracle;
 pub use spec::{IndexOptions, Policy, PolicyKind, SpecError};
@@ -19,6 +22,20 @@ use crate::ids::TokenPos;
 use crate::page::ShardPages;
 use crate::query::GroupQuery;
 use crate::selection::Selection;
+use crate::shape::KvDtype;
+
+/// What one step asks of a shard's selector.
+#[derive(Clone, Copy, Debug)]
+pub struct SelectRequest<'a> {
+    /// The group's queries.
+    pub query: GroupQuery<'a>,
+    /// Keys and values of the shard.
+    pub pages: &'a ShardPages,
+    /// Most tokens to retrieve.
+    pub budget: usize,
+    /// `[group]` lse of sinks and window, which are attended already. A head that finds its mass there needs little else.
+    pub attended_lse: &'a [f32],
+}
 
 /// What one step read beside the exactly attended rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +52,7 @@ pub struct SelectScratch {
     pub(crate) order: Vec<u32>,
     pub(crate) exclude: Vec<u32>,
     pub(crate) attend: floe_cuda::AttendScratch,
+    pub(crate) quant: floe_cuda::cpu::quant::QuantScratch,
     pub(crate) index: floe_index::Scratch,
     pub(crate) found: floe_index::Found,
 }
@@ -53,15 +71,13 @@ pub trait Selector: Send + Sync {
     /// When the index cannot remove them.
     fn truncate(&mut self, num_tokens: TokenPos) -> Result<()>;
 
-    /// Fills `selection.retrieved` with at most `budget` positions of `selection.candidates()`, ascending.
+    /// Fills `selection.retrieved` with at most `request.budget` positions of `selection.candidates()`, ascending.
     ///
     /// # Errors
     /// When the index refuses the query.
     fn select(
         &self,
-        query: &GroupQuery<'_>,
-        pages: &ShardPages,
-        budget: usize,
+        request: &SelectRequest<'_>,
         scratch: &mut SelectScratch,
         selection: &mut Selection,
     ) -> Result<SelectCost>;
@@ -90,6 +106,14 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
         PolicyKind::Window => Box::new(dense::Window),
         PolicyKind::Quest => Box::new(quest::Quest::new(config.heads.head_dim())),
         PolicyKind::Oracle => Box::new(Oracle::new()),
+        PolicyKind::Quantised(kind) => {
+            let head_dim = config.heads.head_dim();
+            match config.kv_dtype {
+                KvDtype::Bf16 => Box::new(quantised::Quantised::<bf16>::new(*kind, head_dim)?),
+                KvDtype::F16 => Box::new(quantised::Quantised::<f16>::new(*kind, head_dim)?),
+                KvDtype::F32 => Box::new(quantised::Quantised::<f32>::new(*kind, head_dim)?),
+            }
+        }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
         PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),
     })

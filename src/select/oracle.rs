@@ -5,7 +5,7 @@ use std::ops::Range;
 use floe_cuda::{Isa, score_rows};
 
 use super::group::{softmax_in_place, top_k};
-use super::{SelectCost, SelectScratch, Selector};
+use super::{SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::page::{ShardPages, with_rows};
@@ -62,15 +62,13 @@ impl Selector for Oracle {
 
     fn select(
         &self,
-        query: &GroupQuery<'_>,
-        pages: &ShardPages,
-        budget: usize,
+        request: &SelectRequest<'_>,
         scratch: &mut SelectScratch,
         selection: &mut Selection,
     ) -> Result<SelectCost> {
-        let num_tokens = pages.num_tokens();
+        let (pages, num_tokens) = (request.pages, request.pages.num_tokens());
         let candidates = selection.candidates();
-        self.rank(query, (pages, num_tokens), candidates.clone(), budget, scratch)?;
+        self.rank(&request.query, (pages, num_tokens), candidates.clone(), request.budget, scratch)?;
         selection.retrieved.extend(scratch.order.iter().map(|i| candidates.start + i));
         selection.retrieved.sort_unstable();
         let shape = pages.shape();

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::group::{max_of_log_softmax, top_k};
-use super::{SelectCost, SelectScratch, Selector};
+use super::{SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::page::ShardPages;
@@ -63,12 +63,11 @@ impl Selector for Quest {
 
     fn select(
         &self,
-        query: &GroupQuery<'_>,
-        _pages: &ShardPages,
-        budget: usize,
+        request: &SelectRequest<'_>,
         scratch: &mut SelectScratch,
         selection: &mut Selection,
     ) -> Result<SelectCost> {
+        let SelectRequest { query, budget, .. } = *request;
         let candidates = selection.candidates();
         if candidates.is_empty() || budget == 0 {
             return Ok(SelectCost::default());

@@ -4,6 +4,7 @@
 //! (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
 use super::block::{BLOCK_ROWS_MAX, Block};
+use super::dot::{Dot, QueryForm};
 use super::simd::{LANES_MAX, Simd, soft_cap};
 use super::tile::{Weighted, score_tile, value_tile};
 use crate::{AttendParams, KvElem};
@@ -12,9 +13,9 @@ use crate::{AttendParams, KvElem};
 pub(super) struct HeadBlock<'a> {
     /// Number of heads.
     pub num: usize,
-    /// Queries [num, padded head_dim] in the element type's lane order.
+    /// Packed queries [num, padded head_dim].
     pub q: &'a [f32],
-    /// Weighted sums of values, same shape and order.
+    /// Weighted sums of values, same shape, in the element type's lane order.
     pub sums: &'a mut [f32],
     /// Running maximum, [lanes]: head `h` in the lanes that equal `h` modulo the padded number of heads.
     pub max: &'a mut [f32; LANES_MAX],
@@ -32,6 +33,8 @@ pub(super) struct BlockInput<'a, E> {
     pub next: &'a [&'a [E]; BLOCK_ROWS_MAX],
     /// Dimensions of a head.
     pub head_dim: usize,
+    /// How the queries are packed.
+    pub form: QueryForm,
     /// Scale and softcap.
     pub params: AttendParams,
 }
@@ -43,7 +46,14 @@ pub(super) struct BlockInput<'a, E> {
 /// - `q` is valid for [H, padded head_dim], `out` for [block.padded().len(), HP].
 /// - Rows of the block have 2 `head_dim` elements.
 #[inline(always)]
-pub(super) unsafe fn score_block<S: Simd, E: KvElem, const H: usize, const HP: usize, const T: usize>(
+pub(super) unsafe fn score_block<
+    S: Simd,
+    E: KvElem,
+    D: Dot<S, E>,
+    const H: usize,
+    const HP: usize,
+    const T: usize,
+>(
     input: &BlockInput<'_, E>,
     q: *const f32,
     out: *mut f32,
@@ -59,7 +69,7 @@ pub(super) unsafe fn score_block<S: Simd, E: KvElem, const H: usize, const HP: u
                 places[t] = keys[t].as_ptr();
                 ahead[t] = input.next[tile * T + t].as_ptr();
             }
-            let dots = score_tile::<S, E, H, HP, T>(q, places, ahead, input.head_dim);
+            let dots = score_tile::<S, E, D, H, HP, T>(q, places, ahead, input.head_dim);
             let mut scores = S::mul(dots, scale);
             if let Some(cap) = input.params.softcap {
                 scores = soft_cap::<S>(scores, cap);
@@ -83,6 +93,7 @@ pub(super) unsafe fn score_block<S: Simd, E: KvElem, const H: usize, const HP: u
 pub(super) unsafe fn attend_block<
     S: Simd,
     E: KvElem,
+    D: Dot<S, E>,
     const H: usize,
     const HP: usize,
     const T: usize,
@@ -96,7 +107,7 @@ pub(super) unsafe fn attend_block<
     let weights = heads.weights.as_mut_ptr();
     // SAFETY: `weights` holds `lanes` floats, a whole number of registers; the rest as promised by the caller.
     unsafe {
-        score_block::<S, E, H, HP, T>(input, heads.q.as_ptr(), weights);
+        score_block::<S, E, D, H, HP, T>(input, heads.q.as_ptr(), weights);
 
         let old_max = S::load(heads.max.as_ptr());
         let mut max = S::load(weights);

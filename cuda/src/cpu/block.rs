@@ -1,5 +1,6 @@
 //! A few rows at a time: where each lies, and the rows that come next.
 
+use super::simd::{LINE, prefetch};
 use crate::rows::checked_run;
 use crate::{KernelError, KvRows, Rows};
 
@@ -32,6 +33,24 @@ impl<'a, E> Block<'a, E> {
     /// Elements of every row; 0 before the block was first filled.
     pub fn row_len(&self) -> usize {
         self.row_len
+    }
+
+    /// Asks for the first line of every row, all at once: rows lie on few or many pages, and address translations that
+    /// miss run side by side here but one after the other where each is asked for between other work.
+    pub fn touch(&self) {
+        for row in &self.rows[..self.num] {
+            prefetch(row.as_ptr());
+        }
+    }
+
+    /// Asks for every line of every row: for the first block, which nothing has prefetched.
+    pub fn fetch(&self) {
+        self.touch();
+        for row in &self.rows[..self.num] {
+            for line in (LINE..size_of_val(*row)).step_by(LINE) {
+                prefetch(row.as_ptr().cast::<u8>().wrapping_add(line));
+            }
+        }
     }
 
     /// All places, also of rows that do not count: what to prefetch.

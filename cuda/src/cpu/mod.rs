@@ -6,8 +6,11 @@ mod attend_block;
 mod block;
 mod dense_decode;
 #[cfg(target_arch = "x86_64")]
+mod dot;
+#[cfg(target_arch = "x86_64")]
 mod entry;
 mod fma_rate;
+pub mod quant;
 mod score_rows;
 mod scratch;
 pub(crate) mod simd;

@@ -9,13 +9,11 @@
     reason = "the loops over rows, heads and chunks unroll into registers; indices say which, iterators would hide it"
 )]
 
-use super::simd::{LANES_MAX, Simd, prefetch};
+use super::dot::Dot;
+use super::simd::{LANES_MAX, LINE, Simd, prefetch};
 use crate::KvElem;
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// One chunk of `head_dim` elements: the part from `at` on, zeros after the last.
+/// One chunk of a value of `head_dim` elements: the part from `at` on, zeros after the last.
 ///
 /// # Safety
 /// [`Simd`]; `p` is valid for `head_dim` elements, `at` is below it.
@@ -43,10 +41,17 @@ fn prefetch_chunk<S: Simd, E>(p: *const E) {
 ///
 /// # Safety
 /// - The obligations of [`Simd`].
-/// - `q` is valid for [H, padded head_dim] f32: whole chunks, zeros after `head_dim`.
+/// - `q` is valid for [H, padded head_dim] f32 in the form of `D`: whole chunks, zeros after `head_dim`.
 /// - Every one of `keys` is valid for `head_dim` elements.
 #[inline(always)]
-pub(super) unsafe fn score_tile<S: Simd, E: KvElem, const H: usize, const HP: usize, const T: usize>(
+pub(super) unsafe fn score_tile<
+    S: Simd,
+    E: KvElem,
+    D: Dot<S, E>,
+    const H: usize,
+    const HP: usize,
+    const T: usize,
+>(
     q: *const f32,
     keys: [*const E; T],
     ahead: [*const E; T],
@@ -57,17 +62,17 @@ pub(super) unsafe fn score_tile<S: Simd, E: KvElem, const H: usize, const HP: us
     unsafe {
         let mut sums = [[S::splat(0.0); H]; T];
         for at in (0..head_dim).step_by(S::CHUNK) {
-            let mut k = [[S::splat(0.0); 2]; T];
+            // Every place is written before it is read.
+            let mut k = [D::query(q.add(at)); T];
             for t in 0..T {
-                k[t] = load_at::<S, E>(keys[t], at, head_dim);
+                let key = keys[t].add(at);
+                k[t] = if at + S::CHUNK <= head_dim { D::key(key) } else { D::key_part(key, head_dim - at) };
                 prefetch_chunk::<S, E>(ahead[t].wrapping_add(at));
             }
             for h in 0..H {
-                let q = q.add(h * padded + at);
-                let (q0, q1) = (S::load(q), S::load(q.add(S::LANES)));
+                let query = D::query(q.add(h * padded + at));
                 for t in 0..T {
-                    sums[t][h] = S::fma(k[t][0], q0, sums[t][h]);
-                    sums[t][h] = S::fma(k[t][1], q1, sums[t][h]);
+                    sums[t][h] = D::add(sums[t][h], k[t], query);
                 }
             }
         }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::attend_block::{BlockInput, HeadBlock};
 use super::block::{BLOCK_ROWS_MAX, Block, Blocks};
+use super::dot::QueryForm;
 use super::entry::{Entry, padded_heads};
 use super::scratch::VectorScratch;
 use super::simd::{LANES_MAX, place_in_chunk};
@@ -27,9 +28,23 @@ impl HeadPlan {
     }
 }
 
-/// Queries [group, head_dim] to [group, padded head_dim] in `E`'s lane order, zeros between.
-fn pack_queries<E: KvElem>(q: &[f32], head_dim: usize, chunk: usize, packed: &mut [f32]) {
+/// Queries [group, head_dim] to [group, padded head_dim] in one of the forms, zeros between.
+fn pack_queries<A: Entry, E: KvElem>(entry: A, q: &[f32], head_dim: usize, packed: &mut [f32]) -> QueryForm {
     packed.fill(0.0);
+    let chunk = A::CHUNK;
+    if entry.has_bf16_pairs() && E::IS_BF16 && q.iter().all(|x| x.to_bits() & 0xffff == 0) {
+        for (q, packed) in
+            q.chunks_exact(head_dim).zip(packed.chunks_exact_mut(head_dim.next_multiple_of(chunk)))
+        {
+            for (q, packed) in q.chunks(chunk).zip(packed.chunks_exact_mut(chunk)) {
+                for (pair, place) in q.chunks(2).zip(packed) {
+                    let high = pair.get(1).map_or(0, |x| x.to_bits());
+                    *place = f32::from_bits(high | pair[0].to_bits() >> 16);
+                }
+            }
+        }
+        return QueryForm::Bf16Pairs;
+    }
     for (q, packed) in q.chunks_exact(head_dim).zip(packed.chunks_exact_mut(head_dim.next_multiple_of(chunk)))
     {
         for (q, packed) in q.chunks(chunk).zip(packed.chunks_exact_mut(chunk)) {
@@ -38,6 +53,7 @@ fn pack_queries<E: KvElem>(q: &[f32], head_dim: usize, chunk: usize, packed: &mu
             }
         }
     }
+    QueryForm::Widened
 }
 
 /// Running maximum and norm of one part of the group.
@@ -60,7 +76,7 @@ pub(super) fn sparse_decode<A: Entry, R: KvRows>(
     let plan = HeadPlan::new::<A>(state.lse.len());
     let VectorScratch { q, sums, weights, softmax } = scratch;
     let q = q.slice(plan.group * padded);
-    pack_queries::<R::Elem>(attend.q, d, A::CHUNK, q);
+    let form = pack_queries::<A, R::Elem>(entry, attend.q, d, q);
     let sums = sums.slice(plan.group * padded);
     sums.fill(0.0);
     let weights = weights.slice(BLOCK_ROWS_MAX * padded_heads(A::HEADS_MAX));
@@ -70,14 +86,16 @@ pub(super) fn sparse_decode<A: Entry, R: KvRows>(
     let mut blocks = Blocks::new(attend.rows, which);
     let (mut block, mut next) = (Block::empty(), Block::empty());
     blocks.next_into(&mut block)?;
+    block.fetch();
     while block.len() > 0 {
         blocks.next_into(&mut next)?;
+        next.touch();
         for (i, softmax) in softmax.iter_mut().enumerate() {
             let part = plan.part(i);
             let span = part.start * padded..part.end * padded;
             // Only the first pass over the block brings in the next one.
             let ahead = if i == 0 { next.places() } else { block.places() };
-            let input = BlockInput { block: &block, next: ahead, head_dim: d, params: attend.params };
+            let input = BlockInput { block: &block, next: ahead, head_dim: d, form, params: attend.params };
             let mut heads = HeadBlock {
                 num: part.len(),
                 q: &q[span.clone()],
@@ -126,7 +144,7 @@ pub(super) fn score_rows<A: Entry, R: KvRows>(
     let plan = HeadPlan::new::<A>(attend.q.len() / d);
     let num_rows = range.len();
     let q = scratch.q.slice(plan.group * padded);
-    pack_queries::<R::Elem>(attend.q, d, A::CHUNK, q);
+    let form = pack_queries::<A, R::Elem>(entry, attend.q, d, q);
     let weights = scratch.weights.slice(BLOCK_ROWS_MAX * padded_heads(A::HEADS_MAX));
 
     let which = Rows::Range(range);
@@ -138,7 +156,8 @@ pub(super) fn score_rows<A: Entry, R: KvRows>(
         blocks.next_into(&mut next)?;
         for i in 0..plan.num_parts {
             let part = plan.part(i);
-            let input = BlockInput { block: &block, next: next.places(), head_dim: d, params: attend.params };
+            let input =
+                BlockInput { block: &block, next: next.places(), head_dim: d, form, params: attend.params };
             entry.score(&input, &q[part.start * padded..part.end * padded], weights);
             let stride = padded_heads(part.len());
             for (lane, h) in part.enumerate() {

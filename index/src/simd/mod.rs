@@ -2,6 +2,8 @@
 
 pub mod codes;
 pub(crate) mod dense;
+pub mod exp;
+pub(crate) mod hadamard;
 mod isa;
 pub(crate) mod vectorise;
 

@@ -25,7 +25,7 @@ impl Data {
     pub fn query(&self, at: usize) -> Query<'_> {
         let size = self.group * self.dim;
         let scale = 1.0 / (self.dim as f32).sqrt();
-        Query { q: &self.q[at * size..(at + 1) * size], group: self.group, scale }
+        Query { q: &self.q[at * size..(at + 1) * size], group: self.group, scale, attended_lse: &[] }
     }
 }
 

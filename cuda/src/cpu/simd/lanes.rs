@@ -17,6 +17,8 @@ pub trait Lanes: Copy {
     /// False: the first register holds the first half of the elements. True: it holds the elements at even places, the
     /// second those at odd places (bf16: splitting 32-bit pairs is one operation a register, widening would be two).
     const INTERLEAVED: bool;
+    /// Whether this is `bf16`.
+    const IS_BF16: bool = false;
 
     /// 32 elements.
     unsafe fn load_512(p: *const Self) -> [__m512; 2];
@@ -46,6 +48,7 @@ fn mask32(len: usize) -> u32 {
 
 impl Lanes for bf16 {
     const INTERLEAVED: bool = true;
+    const IS_BF16: bool = true;
 
     #[inline(always)]
     unsafe fn load_512(p: *const Self) -> [__m512; 2] {
