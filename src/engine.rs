@@ -72,7 +72,8 @@ pub struct Engine {
     config: Config,
     sequences: HashMap<SeqId, Sequence>,
     next_seq: u64,
-    pool: rayon::ThreadPool,
+    /// Own threads; `None` = those of the caller.
+    pool: Option<rayon::ThreadPool>,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
     transfer: Box<dyn Transfer>,
@@ -85,11 +86,14 @@ impl Engine {
     /// [`Error::Config`] naming the field; [`Error::Pool`] when the threads cannot be started.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(config.threads)
-            .thread_name(|i| format!("floe-{i}"))
-            .build()
-            .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })?;
+        let own_threads = || {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(config.threads)
+                .thread_name(|i| format!("floe-{i}"))
+                .build()
+                .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })
+        };
+        let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
         Ok(Self {
             config,
             sequences: HashMap::new(),
@@ -139,7 +143,7 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        self.pool.install(|| prefill::append(shards, k, v))
+        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))
     }
 
     /// Appends one token to one layer and attends with its queries; `out` receives `[num_q_heads, head_dim]` f32. Nothing
@@ -197,7 +201,7 @@ impl Engine {
             q_pre: step.q_pre,
         };
         let stored = layer.num_tokens;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
                 .or_else(|error| layer.truncate(stored).and(Err(error)))
@@ -211,7 +215,7 @@ impl Engine {
     pub fn publish(&mut self, seq: SeqId) -> Result<()> {
         use rayon::prelude::*;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             sequence
                 .layers
                 .par_iter_mut()
@@ -298,6 +302,14 @@ pub struct SequenceMemory {
     pub kv_allocated_bytes: usize,
     /// What the policy keeps beside them: summaries, codes, tree.
     pub index_bytes: usize,
+}
+
+/// Runs `work` on the engine's own threads, or on those that the caller is on.
+fn on_threads<R: Send>(pool: Option<&rayon::ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
+    match pool {
+        Some(pool) => pool.install(work),
+        None => work(),
+    }
 }
 
 fn check_rows(

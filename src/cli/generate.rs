@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -99,26 +100,38 @@ impl KvArgs {
 }
 
 pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
+    // Inside one pool, candle's products and floe's attention take turns on the same threads without waking others.
+    rayon::ThreadPoolBuilder::new().build()?.install(|| run_in_pool(args))
+}
+
+fn run_in_pool(args: GenerateArgs) -> anyhow::Result<()> {
     let mut sampler = Sampler::new(args.temperature, args.top_p, args.seed)?;
     let text = prompt(&args)?;
     let model = Model::open(&args.model)?;
     let tokens = if args.raw { model.tokenizer.encode(&text)? } else { model.chat_tokens(&text)? };
-    let (prefill, decode, read) = match args.attention {
+    let (times, read) = match args.attention {
         AttentionArg::Floe => {
             let mut kv = args.kv.open(&model, args.seed)?;
-            let (prefill, decode) = answer(&args, &model, (&tokens, &mut sampler), &mut kv)?;
+            let times = answer(&args, &model, (&tokens, &mut sampler), &mut kv)?;
             let memory = kv.memory()?;
-            (prefill, decode, Some((kv.counters(), memory.kv_bytes, memory.index_bytes)))
+            (times, Some((kv.counters(), memory.kv_bytes, memory.index_bytes)))
         }
         AttentionArg::CandleFlash | AttentionArg::CandleMatmul => {
             let flash = args.attention == AttentionArg::CandleFlash;
             let attention = if flash { CandleAttention::Flash } else { CandleAttention::Matmul };
             let mut kv = CandleKv::new(model.config(), attention);
-            let (prefill, decode) = answer(&args, &model, (&tokens, &mut sampler), &mut kv)?;
-            (prefill, decode, None)
+            let times = answer(&args, &model, (&tokens, &mut sampler), &mut kv)?;
+            (times, None)
         }
     };
-    summary(&prefill, &decode, read)
+    summary(&times, read)
+}
+
+/// Where the time went.
+struct Times {
+    prefill: PhaseTime,
+    index: Duration,
+    decode: PhaseTime,
 }
 
 /// Streams the answer to stdout.
@@ -127,7 +140,7 @@ fn answer(
     model: &Model,
     (tokens, sampler): (&[u32], &mut Sampler),
     kv: &mut dyn KvBackend,
-) -> anyhow::Result<(PhaseTime, PhaseTime)> {
+) -> anyhow::Result<Times> {
     let mut session = Session::new(model, kv);
     let bar = prefill_bar(tokens.len())?;
     let logits = session.prefill(tokens, &mut |done| bar.inc(done as u64))?;
@@ -149,17 +162,13 @@ fn answer(
         return Err(error.into());
     }
     writeln!(stdout)?;
-    Ok((session.prefill, session.decode))
+    Ok(Times { prefill: session.prefill, index: session.index, decode: session.decode })
 }
 
 /// On stderr, so that stdout holds the answer alone.
-fn summary(
-    prefill: &PhaseTime,
-    decode: &PhaseTime,
-    read: Option<(ReadCounters, usize, usize)>,
-) -> anyhow::Result<()> {
+fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow::Result<()> {
     let mut stderr = io::stderr().lock();
-    for (name, time) in [("prefill", prefill), ("decode", decode)] {
+    for (name, time) in [("prefill", &times.prefill), ("decode", &times.decode)] {
         let share = 100.0 * time.attend.as_secs_f64() / time.total.as_secs_f64().max(f64::MIN_POSITIVE);
         writeln!(
             stderr,
@@ -184,9 +193,10 @@ fn summary(
         )?;
         writeln!(
             stderr,
-            "memory   KV {:.1} MB, index {:.1} MB",
+            "memory   KV {:.1} MB, index {:.1} MB, built in {:.2} s",
             kv_bytes as f64 / 1e6,
-            index_bytes as f64 / 1e6
+            index_bytes as f64 / 1e6,
+            times.index.as_secs_f64(),
         )?;
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Prefill with queries: what a host engine calls for every layer of a prompt.
 
-use super::{Engine, check_finite, check_room, check_rows};
+use super::{Engine, check_finite, check_room, check_rows, on_threads};
 use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId};
 use crate::prefill;
@@ -57,7 +57,7 @@ impl Engine {
             return Err(Error::Position { seq, layer: step.layer, got: step.position, expected });
         }
         check_room(layer.num_tokens, num_tokens)?;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             prefill::append(layer, &step.k, &step.v)?;
             prefill::attend(&*self.backend, layer, (&step.q, step.scale), out)
         })

@@ -45,6 +45,13 @@ pub trait KvBackend {
     /// When a shape or position does not fit; what is stored is then unspecified, and `truncate` restores a known state.
     fn attend(&mut self, args: &AttendArgs<'_>, out: &mut [f32]) -> HostResult<()>;
 
+    /// Hears that the prompt is stored and decoding follows: the time to build an index, so that the first decoded token
+    /// need not wait for it.
+    ///
+    /// # Errors
+    /// When the index cannot be built.
+    fn prompt_ended(&mut self) -> HostResult<()>;
+
     /// Forgets the tokens at and after `num_tokens` in every layer: refused drafts, or the previous question.
     ///
     /// # Errors

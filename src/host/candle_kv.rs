@@ -112,6 +112,10 @@ impl KvBackend for CandleKv {
         Ok(())
     }
 
+    fn prompt_ended(&mut self) -> HostResult<()> {
+        Ok(())
+    }
+
     fn truncate(&mut self, num_tokens: usize) -> HostResult<()> {
         self.layers.iter_mut().for_each(|layer| layer.num_tokens = layer.num_tokens.min(num_tokens));
         Ok(())

@@ -133,6 +133,10 @@ impl KvBackend for FloeBackend {
         Ok(())
     }
 
+    fn prompt_ended(&mut self) -> HostResult<()> {
+        self.publish()
+    }
+
     fn truncate(&mut self, num_tokens: usize) -> HostResult<()> {
         self.engine.truncate(self.seq, num_tokens)?;
         self.num_tokens = self.num_tokens.min(num_tokens);

@@ -44,6 +44,8 @@ pub struct Session<'a> {
     kv: &'a mut dyn KvBackend,
     /// Time of the prompt.
     pub prefill: PhaseTime,
+    /// Time that the KV backend took at the end of the prompt, to build its index.
+    pub index: Duration,
     /// Time of the decoded tokens.
     pub decode: PhaseTime,
 }
@@ -51,7 +53,8 @@ pub struct Session<'a> {
 impl<'a> Session<'a> {
     /// A session that continues whatever `kv` holds.
     pub fn new(model: &'a Model, kv: &'a mut dyn KvBackend) -> Self {
-        Self { model, kv, prefill: PhaseTime::default(), decode: PhaseTime::default() }
+        let (prefill, decode) = (PhaseTime::default(), PhaseTime::default());
+        Self { model, kv, prefill, index: Duration::ZERO, decode }
     }
 
     /// Runs prompt tokens; logits after the last. `progress` hears of every part that is done.
@@ -72,6 +75,9 @@ impl<'a> Session<'a> {
             self.prefill.add(part.len(), started.elapsed(), hidden.attend_time);
             progress(part.len());
         }
+        let started = Instant::now();
+        self.kv.prompt_ended()?;
+        self.index += started.elapsed();
         if logits.is_empty() {
             Err(HostError::argument("prompt", "\"\"", "at least one token is needed"))
         } else {
