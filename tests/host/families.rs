@@ -156,7 +156,8 @@ fn a_full_context_and_an_empty_prompt_are_refused() {
 #[test]
 fn what_a_model_file_lacks_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let with = |change: &dyn Fn(&mut Vec<(String, Value)>)| {
+    type Change<'a> = &'a dyn Fn(&mut Vec<(String, Value)>);
+    let with = |change: Change<'_>| {
         let mut fields = metadata("llama");
         change(&mut fields);
         Model::open(write(folder.path(), "llama", &fields)).err().unwrap().to_string()
