@@ -11,7 +11,7 @@ use proptest::prelude::*;
 /// f32 arithmetic over at most some hundred tokens: measured 2e-6, allowed ten times that.
 const EXACT: f64 = 2e-5;
 
-const POLICIES: [&str; 13] = [
+const POLICIES: [&str; 15] = [
     "full",
     "window",
     "int8",
@@ -19,6 +19,8 @@ const POLICIES: [&str; 13] = [
     "kivi2",
     "quest",
     "pagemean",
+    "icecache",
+    "hnsw",
     "oracle",
     "floe:tail=off,sketch=off",
     "floe:tail=page,sketch=off",

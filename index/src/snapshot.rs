@@ -18,6 +18,9 @@ const MAGIC: [u8; 7] = *b"floeidx";
 pub(crate) enum Kind {
     Flat = b'f',
     Dci = b'd',
+    Tokens = b't',
+    Hnsw = b'h',
+    Icecache = b'i',
 }
 
 /// Collects a snapshot.

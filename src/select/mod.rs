@@ -11,6 +11,7 @@ mod spec;
 
 use std::ops::Range;
 
+use floe_index::{Hnsw, Icecache};
 use half::{bf16, f16};
 
 pub(crate) use oracle::Oracle;
@@ -113,6 +114,14 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
                 KvDtype::F16 => Box::new(quantised::Quantised::<f16>::new(*kind, head_dim)?),
                 KvDtype::F32 => Box::new(quantised::Quantised::<f32>::new(*kind, head_dim)?),
             }
+        }
+        PolicyKind::Icecache => {
+            let index = Box::new(Icecache::new(config.heads.head_dim())?);
+            Box::new(indexed::Indexed::baseline(index, config))
+        }
+        PolicyKind::Hnsw => {
+            let index = Box::new(Hnsw::new(config.heads.head_dim())?);
+            Box::new(indexed::Indexed::baseline(index, config))
         }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
         PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),

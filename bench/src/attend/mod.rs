@@ -103,6 +103,9 @@ struct Row {
     spread: Spread,
     /// `bytes` per median second, 10^9.
     gb_s: f64,
+    /// `bytes` per second of the shortest call, 10^9: on a shared machine what a call does when nobody is in its way, as the
+    /// bandwidths are the best of several.
+    best_gb_s: f64,
     /// `gb_s` over the copy bandwidth of as many threads.
     copy_share: f64,
     /// `gb_s` over the read bandwidth.
@@ -253,6 +256,7 @@ impl Bench<'_> {
             bytes,
             spread,
             gb_s,
+            best_gb_s: bytes as f64 / spread.best_us / 1e3,
             copy_share: gb_s / bounds.copy_gb_s,
             read_share: gb_s / bounds.read_gb_s,
             compute_bound_gb_s: bounds.gfma_s.map(|rate| rate / fma_per_byte),

@@ -41,7 +41,7 @@ pub fn print(bounds: &[Bounds], rows: &[Row]) -> anyhow::Result<()> {
     }
     writeln!(
         to,
-        "\n{:>5} {:>7} {:>5} {:>7} {:>7} {:>7} {:>8} {:>10} {:>19} {:>7} {:>6} {:>6} {:>8} {:>8}",
+        "\n{:>5} {:>7} {:>5} {:>7} {:>7} {:>7} {:>8} {:>10} {:>19} {:>7} {:>7} {:>6} {:>6} {:>8} {:>8}",
         "dtype",
         "isa",
         "group",
@@ -52,6 +52,7 @@ pub fn print(bounds: &[Bounds], rows: &[Row]) -> anyhow::Result<()> {
         "median us",
         "p10..p90 us",
         "GB/s",
+        "best",
         "/copy",
         "/read",
         "compute",
@@ -62,7 +63,7 @@ pub fn print(bounds: &[Bounds], rows: &[Row]) -> anyhow::Result<()> {
         let compute = r.compute_bound_gb_s.map_or("-".to_owned(), |bound| format!("{bound:.1}"));
         writeln!(
             to,
-            "{:>5} {:>7} {:>5} {:>7} {:>7} {:>7} {:>8.2} {:>10.1} {:>19} {:>7.1} {:>5.0}% {:>5.0}% {:>8} {:>8.0e}",
+            "{:>5} {:>7} {:>5} {:>7} {:>7} {:>7} {:>8.2} {:>10.1} {:>19} {:>7.1} {:>7.1} {:>5.0}% {:>5.0}% {:>8} {:>8.0e}",
             r.dtype,
             r.isa,
             r.group,
@@ -73,6 +74,7 @@ pub fn print(bounds: &[Bounds], rows: &[Row]) -> anyhow::Result<()> {
             r.spread.median_us,
             spread,
             r.gb_s,
+            r.best_gb_s,
             r.copy_share * 100.0,
             r.read_share * 100.0,
             compute,

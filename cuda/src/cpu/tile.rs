@@ -104,7 +104,7 @@ pub(super) struct Weighted<'a, E> {
 /// # Safety
 /// - The obligations of [`Simd`].
 /// - `at` is a multiple of the chunk, `at + (C - 1)` chunks lies below `head_dim`; every row has 2 `head_dim` elements.
-/// - `weights` is valid for [rows.len(), HP] f32, `sums` for [H, padded head_dim], `factor` for [H].
+/// - `weights` is valid for [rows.len(), HP] f32, `sums` for [H, padded head_dim], `factor` for `[H]`.
 #[inline(always)]
 pub(super) unsafe fn value_tile<S: Simd, E: KvElem, const H: usize, const HP: usize, const C: usize>(
     from: Weighted<'_, E>,

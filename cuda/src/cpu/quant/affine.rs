@@ -56,7 +56,7 @@ pub(super) const fn packed_len<const BITS: usize>(len: usize) -> usize {
     len.div_ceil(8 / BITS)
 }
 
-/// Writes code `i` of `len`; `bytes` are its [packed_len], zero at first.
+/// Writes code `i` of `len`; `bytes` are their [`packed_len`], zero at first.
 pub(super) fn put_code<const BITS: usize>(bytes: &mut [u8], i: usize, code: u8) {
     let planes = bytes.len();
     bytes[i % planes] |= code << (BITS * (i / planes));
