@@ -30,6 +30,14 @@ impl Shard {
         })
     }
 
+    /// Replaces the selector by a fresh one for `config`, which has heard of no token yet.
+    pub(crate) fn reselect(&mut self, config: &Config) -> Result<()> {
+        self.selector = selector(config)?;
+        self.reuse.truncate(0);
+        self.published = 0;
+        Ok(())
+    }
+
     /// Forgets the tokens at and after `num_tokens` in every part.
     pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
         self.selector.truncate(num_tokens as u32)?;
@@ -47,6 +55,8 @@ impl Shard {
 pub(crate) struct LayerShards {
     pub(crate) shards: Vec<Shard>,
     pub(crate) num_tokens: usize,
+    /// Tokens that the layer attends at most (sliding-window layers).
+    pub(crate) span: Option<usize>,
 }
 
 impl LayerShards {
@@ -65,11 +75,11 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     pub(crate) fn new(config: &Config) -> Result<Self> {
-        let layer = || -> Result<LayerShards> {
+        let layer = |layer: usize| -> Result<LayerShards> {
             let shards =
                 (0..config.heads.num_kv_heads()).map(|_| Shard::new(config)).collect::<Result<_>>()?;
-            Ok(LayerShards { shards, num_tokens: 0 })
+            Ok(LayerShards { shards, num_tokens: 0, span: config.spans.get(layer).copied().flatten() })
         };
-        Ok(Self { layers: (0..config.num_layers).map(|_| layer()).collect::<Result<_>>()? })
+        Ok(Self { layers: (0..config.num_layers).map(layer).collect::<Result<_>>()? })
     }
 }
