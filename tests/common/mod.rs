@@ -1,5 +1,6 @@
 //! Random models and an independent f64 oracle.
 
+#![allow(dead_code, reason = "every test binary compiles this file and uses its own part of it")]
 
 use floe::{Config, DecodeStep, Engine, HeadShape, KvDtype, LayerId, SeqId, StepReport, TensorView};
 use half::bf16;
