@@ -10,11 +10,14 @@ mod flat;
 mod found;
 mod frame;
 mod grow;
+mod hnsw;
+mod icecache;
 mod idmap;
 mod index;
 mod pages;
 mod quant;
 mod rotate;
+mod rows;
 mod scratch;
 mod search;
 pub mod simd;
@@ -25,6 +28,8 @@ pub use dci::Dci;
 pub use error::{Field, IndexError};
 pub use flat::Flat;
 pub use found::Found;
+pub use hnsw::{Hnsw, HnswConfig};
+pub use icecache::Icecache;
 pub use index::{
     Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
 };

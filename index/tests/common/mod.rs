@@ -1,7 +1,7 @@
 //! Data and oracles shared by the tests.
 #![allow(clippy::unwrap_used, reason = "a test helper fails by panicking")]
 
-use floe_index::{Batch, Dci, Flat, KeyIndex, Query};
+use floe_index::{Batch, Dci, Flat, Hnsw, HnswConfig, Icecache, KeyIndex, Query};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -61,6 +61,14 @@ pub fn clustered(n: usize, dim: usize, group: usize, seed: u64) -> Data {
 
 /// Every implementation of the trait, empty.
 pub fn implementations(dim: usize) -> Vec<Box<dyn KeyIndex>> {
+    let mut all = with_tail(dim);
+    all.push(Box::new(Hnsw::new(dim, HnswConfig::default()).unwrap()));
+    all.push(Box::new(Icecache::new(dim, 0).unwrap()));
+    all
+}
+
+/// Those that answer for what they do not select.
+pub fn with_tail(dim: usize) -> Vec<Box<dyn KeyIndex>> {
     vec![Box::new(Flat::new(dim).unwrap()), Box::new(Dci::new(dim).unwrap())]
 }
 
