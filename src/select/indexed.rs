@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use floe_index::{Batch, Dci, Flat, KeyIndex, Query, SearchParams, Tail, TailOut};
+use floe_index::{
+    Batch, Dci, Flat, Hnsw, HnswConfig, Icecache, KeyIndex, Query, SearchParams, Tail, TailOut, Unit,
+};
 
 use super::{IndexOptions, SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::config::Config;
@@ -37,6 +39,19 @@ impl Indexed {
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
         let index = Box::new(Dci::with_sketch(config.heads.head_dim(), options.sketch)?);
         Ok(Self::over(index, config, options))
+    }
+
+    /// The published one-projection tree: its top pages and nothing else. The seed draws its line.
+    pub(super) fn icecache(config: &Config) -> Result<Self> {
+        let index = Box::new(Icecache::new(config.heads.head_dim(), config.seed)?);
+        let options = IndexOptions { unit: Unit::Page, ..IndexOptions::PAGEMEAN };
+        Ok(Self { heeds_attended: false, ..Self::over(index, config, &options) })
+    }
+
+    /// Tokens by graph search, with the constants that users start from.
+    pub(super) fn hnsw(config: &Config) -> Result<Self> {
+        let index = Box::new(Hnsw::new(config.heads.head_dim(), HnswConfig::default())?);
+        Ok(Self::over(index, config, &IndexOptions::PAGEMEAN))
     }
 
     fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {

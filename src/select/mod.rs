@@ -103,5 +103,7 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
         PolicyKind::Oracle => Box::new(Oracle::new()),
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
         PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),
+        PolicyKind::Icecache => Box::new(indexed::Indexed::icecache(config)?),
+        PolicyKind::Hnsw => Box::new(indexed::Indexed::hnsw(config)?),
     })
 }

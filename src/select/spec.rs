@@ -27,6 +27,10 @@ pub enum PolicyKind {
     Oracle,
     /// Pages of similar keys.
     Floe(IndexOptions),
+    /// Top pages of the published one-projection tree, no tail.
+    Icecache,
+    /// Tokens found by a navigable graph, no tail.
+    Hnsw,
 }
 
 /// Switches of the policies that search an index.
@@ -55,7 +59,9 @@ impl IndexOptions {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// No policy of that name.
-    #[error("policy `{0}`: unknown name; known are full, window, quest, pagemean, oracle, floe")]
+    #[error(
+        "policy `{0}`: unknown name; known are full, window, quest, pagemean, oracle, floe, icecache, hnsw"
+    )]
     Name(String),
     /// The policy has no such option.
     #[error("policy `{policy}`: unknown option `{key}`; it takes {known}")]
@@ -133,6 +139,8 @@ impl FromStr for Policy {
             "window" => plain(PolicyKind::Window)?,
             "quest" => plain(PolicyKind::Quest)?,
             "oracle" => plain(PolicyKind::Oracle)?,
+            "icecache" => plain(PolicyKind::Icecache)?,
+            "hnsw" => plain(PolicyKind::Hnsw)?,
             "pagemean" => PolicyKind::PageMean(index_options(name, options, IndexOptions::PAGEMEAN)?),
             "floe" => PolicyKind::Floe(index_options(name, options, IndexOptions::FLOE)?),
             _ => return Err(SpecError::Name(name.into())),
@@ -198,6 +206,8 @@ mod tests {
             "quest",
             "pagemean",
             "oracle",
+            "icecache",
+            "hnsw",
             "floe",
             "floe:tail=off",
             "pagemean:sketch=k1,tail=page",
