@@ -16,7 +16,6 @@
 //! - a search that cannot fill the budget looks twice as far again (there: the process ends); `open_fraction` scales the beam and
 //!   `node_budget` limits the tokens that a head looks at;
 //! - the projections of a prompt's keys are the right ones (there: of another token and head, by a wrong reshape);
-//! - children are looked at in steps of 16, not 128, so that the rule "at least 80 %" bites in nodes of some 100;
 //! - a token's parent is the nearest of all where at most 3000 are eligible, and found by the anchor shortcut above that; the
 //!   shortcut runs in order on one thread (there: racing threads), so results repeat;
 //! - removal, which is missing there: a token with children stays as a signpost;
@@ -44,8 +43,8 @@ use store::{Line, Store};
 
 /// Eligible parents up to which all are compared.
 const EXACT_MAX: usize = 3000;
-/// Children looked at in one go.
-const STEP: usize = 16;
+/// Children looked at in one go: nodes with no more are looked at whole.
+const STEP: usize = 128;
 /// Search for a parent at build.
 const PLACING_FIELD: Field = Field { width: 30, visited: 1.0, whole_below: 30 };
 /// Search for a parent while decoding.
