@@ -26,7 +26,7 @@ use crate::index::{Batch, Hit, KeyId, KeyIndex, MemoryReport, Query, SearchParam
 use crate::rows::{self, widen};
 use crate::scratch::Scratch;
 use crate::simd::Isa;
-use crate::simd::vectorise::{Kernel, vectorised};
+use crate::simd::vectorise::{Kernel, fold, vectorised};
 
 /// Layers of the graph; the next to last holds one token in `m^14`.
 const LAYERS: usize = 16;
@@ -117,10 +117,20 @@ impl Kernel for Apart<'_> {
 
     #[inline(always)]
     fn run(self) -> f32 {
-        sum(self.a.len(), |i| {
-            let x = widen(self.a[i]) - widen(self.b[i]);
-            x * x
-        })
+        let mut sums = [0.0f32; PARTS];
+        let (a, b) = (self.a.chunks_exact(PARTS), self.b.chunks_exact(PARTS));
+        let rest = a.remainder().iter().zip(b.remainder());
+        let apart = |x: u16, y: u16| {
+            let d = widen(x) - widen(y);
+            d * d
+        };
+        let rest: f32 = rest.map(|(&x, &y)| apart(x, y)).sum();
+        for (a, b) in a.zip(b) {
+            for ((s, &x), &y) in sums.iter_mut().zip(a).zip(b) {
+                *s += apart(x, y);
+            }
+        }
+        fold(sums) + rest
     }
 }
 
@@ -135,27 +145,25 @@ impl Kernel for Along<'_> {
 
     #[inline(always)]
     fn run(self) -> f32 {
-        let n = self.key.len();
-        let (high, low) = self.query.split_at(n);
-        let low = &low[..n];
-        sum(n, |i| f32::from_bits(u32::from(high[i]) << 16 | u32::from(low[i])) * widen(self.key[i]))
+        let mut sums = [0.0f32; PARTS];
+        let (high, low) = self.query.split_at(self.key.len());
+        let (high, low, key) =
+            (high.chunks_exact(PARTS), low.chunks_exact(PARTS), self.key.chunks_exact(PARTS));
+        let along =
+            |high: u16, low: u16, k: u16| f32::from_bits(u32::from(high) << 16 | u32::from(low)) * widen(k);
+        let rest = high.remainder().iter().zip(low.remainder()).zip(key.remainder());
+        let rest: f32 = rest.map(|((&h, &l), &k)| along(h, l, k)).sum();
+        for ((high, low), key) in high.zip(low).zip(key) {
+            for (((s, &h), &l), &k) in sums.iter_mut().zip(high).zip(low).zip(key) {
+                *s += along(h, l, k);
+            }
+        }
+        fold(sums) + rest
     }
 }
 
-/// Sum of `term(0..n)` in sixteen interleaved parts.
-#[inline(always)]
-fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
-    const PARTS: usize = 16;
-    let mut sums = [0.0f32; PARTS];
-    let whole = n / PARTS * PARTS;
-    for at in (0..whole).step_by(PARTS) {
-        for (i, s) in sums.iter_mut().enumerate() {
-            *s += term(at + i);
-        }
-    }
-    let rest: f32 = (whole..n).map(term).sum();
-    sums.iter().sum::<f32>() + rest
-}
+/// Partial sums of a distance.
+const PARTS: usize = 16;
 
 /// Working memory of a search.
 #[derive(Debug, Default)]

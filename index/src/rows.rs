@@ -6,7 +6,7 @@
 use half::bf16;
 
 use crate::simd::Isa;
-use crate::simd::vectorise::{Kernel, vectorised};
+use crate::simd::vectorise::{Kernel, fold, vectorised};
 
 /// Rows of a tile of [`Tiles`]: one 512-bit register.
 const TILE: usize = 16;
@@ -66,12 +66,7 @@ fn dot_row(q: &[f32], row: &[bf16]) -> f32 {
             *s += x * widen(y.to_bits());
         }
     }
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            sums[i] += sums[i + half];
-        }
-    }
-    sums[0] + rest
+    fold(sums) + rest
 }
 
 /// Dot products of one row.
