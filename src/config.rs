@@ -1,8 +1,27 @@
 //! What the user asks for, and its validation.
 
 use crate::error::{Error, Result};
+use crate::page::Unit;
+use crate::policy::{EvictionKind, PrefetchKind};
 use crate::select::Policy;
 use crate::shape::{HeadShape, KvDtype, PAGE_TOKENS};
+
+/// Slots of one kv head at most: row numbers within the slots' memory must fit 31 bits.
+const SLOTS_MAX: usize = 1 << 26;
+
+/// Hot tier of every kv head. What is hot never changes a result, only time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HotConfig {
+    /// Slots of one unit each; 0 = no hot tier, attention reads the warm tier where it lies. On the CPU backend that is the
+    /// quickest, since slots are host memory too.
+    pub slots: usize,
+    /// What one slot holds.
+    pub unit: Unit,
+    /// Which units give way.
+    pub eviction: EvictionKind,
+    /// What is brought in before it is asked for.
+    pub prefetch: PrefetchKind,
+}
 
 /// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before
 /// `Engine::open`, which validates all of them.
@@ -24,6 +43,8 @@ pub struct Config {
     pub window: usize,
     /// The first layers that stay dense, whatever the policy.
     pub dense_layers: usize,
+    /// Hot tier of every kv head.
+    pub hot: HotConfig,
     /// Worker threads; 0 = one per core.
     pub threads: usize,
     /// Seed of everything random: projections, rotations, sampling.
@@ -43,6 +64,7 @@ impl Config {
             sinks: 16,
             window: 64,
             dense_layers: 0,
+            hot: HotConfig::default(),
             threads: 0,
             seed: 0,
         }
@@ -80,6 +102,9 @@ impl Config {
                 format!("the model has {} layers", self.num_layers),
             ));
         }
+        if self.hot.slots > SLOTS_MAX {
+            return Err(Error::config("hot.slots", self.hot.slots, format!("must be at most {SLOTS_MAX}")));
+        }
         if self.threads > 4096 {
             return Err(Error::config("threads", self.threads, "must be at most 4096"));
         }
@@ -96,7 +121,9 @@ mod tests {
         let heads = HeadShape::new(4, 2, 64).unwrap();
         let ok = Config::new(2, heads, KvDtype::Bf16);
         assert!(ok.validate().is_ok());
-        let cases: [(&str, Config); 6] = [
+        let hot = HotConfig { slots: 1 << 30, ..HotConfig::default() };
+        let cases: [(&str, Config); 7] = [
+            ("hot.slots", Config { hot, ..ok.clone() }),
             ("num_layers", Config { num_layers: 0, ..ok.clone() }),
             ("window", Config { window: 15, ..ok.clone() }),
             ("budget", Config { budget: 79, ..ok.clone() }),

@@ -4,14 +4,16 @@ use std::collections::HashMap;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
-use crate::decode::{StepContext, WorkspacePool, decode_layer};
+use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard, prefetch_layer};
 use crate::error::{Error, Result};
-use crate::ids::{LayerId, SeqId};
+use crate::hot::HotShard;
+use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::ShardPages;
+use crate::policy::PrefetchKind;
 use crate::prefill;
 use crate::sequence::Sequence;
+use crate::sim::{Clock, SystemClock};
 use crate::step::StepReport;
-use crate::transfer::{InPlace, Transfer};
 use crate::view::TensorView;
 
 /// One token of one layer: what a host engine hands over at its attention.
@@ -70,7 +72,7 @@ pub struct Engine {
     pool: rayon::ThreadPool,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
-    transfer: Box<dyn Transfer>,
+    clock: Box<dyn Clock>,
 }
 
 impl Engine {
@@ -92,7 +94,7 @@ impl Engine {
             pool,
             workspaces: WorkspacePool::default(),
             backend: Box::new(CpuBackend::detect()),
-            transfer: Box::new(InPlace),
+            clock: Box::new(SystemClock::start()),
         })
     }
 
@@ -172,10 +174,8 @@ impl Engine {
         }
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let num_layers = sequence.layers.len();
-        let layer = sequence
-            .layers
-            .get_mut(step.layer.0)
-            .ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
+        let layer =
+            sequence.layers.get(step.layer.0).ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
         if step.position != layer.num_tokens {
             let expected = layer.num_tokens;
             return Err(Error::Position { seq, layer: step.layer, got: step.position, expected });
@@ -184,7 +184,7 @@ impl Engine {
         let context = StepContext {
             config: &self.config,
             backend: &*self.backend,
-            transfer: &*self.transfer,
+            clock: &*self.clock,
             workspaces: &self.workspaces,
             layer: step.layer.0,
             scale: step.scale,
@@ -192,10 +192,18 @@ impl Engine {
             q_pre: step.q_pre,
         };
         let stored = layer.num_tokens;
+        let layers = &mut sequence.layers;
         self.pool.install(|| {
+            let layer = &mut layers[step.layer.0];
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
-                .or_else(|error| layer.truncate(stored).and(Err(error)))
+                .or_else(|error| layer.truncate(stored).and(Err(error)))?;
+            let target = match self.config.hot.prefetch {
+                PrefetchKind::None => return Ok(()),
+                PrefetchKind::Last => step.layer.0,
+                PrefetchKind::NextLayer | PrefetchKind::Predicted => (step.layer.0 + 1) % num_layers,
+            };
+            prefetch_layer(&context, &mut layers[target])
         })
     }
 
@@ -215,6 +223,43 @@ impl Engine {
         })
     }
 
+    /// Appends to `found`, per kv head and ascending, the positions that a step of `layer` with these queries would retrieve;
+    /// stores nothing and attends to nothing but sinks and window. `q` is `[1, num_q_heads, head_dim]`. A search with
+    /// another layer's queries is a guess at what the layer will ask for. Allocates; meant for profiles.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, queries that do not fit the model, an index that refuses them.
+    pub fn guess(
+        &self,
+        seq: SeqId,
+        layer: LayerId,
+        q: &TensorView<'_>,
+        scale: f32,
+        found: &mut Vec<TokenPos>,
+    ) -> Result<()> {
+        let heads = self.config.heads;
+        q.expect("q", [1, heads.num_q_heads(), heads.head_dim()])?;
+        check_finite("q", q)?;
+        let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        let num_layers = sequence.layers.len();
+        let layer = sequence.layers.get(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
+        let context = StepContext {
+            config: &self.config,
+            backend: &*self.backend,
+            clock: &*self.clock,
+            workspaces: &self.workspaces,
+            layer: 0,
+            scale,
+            q: *q,
+            q_pre: None,
+        };
+        layer
+            .shards
+            .iter()
+            .enumerate()
+            .try_for_each(|(head, shard)| guess_shard(&context, (head, shard), found))
+    }
+
     /// Forgets the tokens at and after `num_tokens` in every layer, as speculative decoding does with refused drafts. A
     /// layer that holds fewer is left as it is.
     ///
@@ -228,6 +273,30 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Empties the hot tier of a sequence: its next steps take longer and give the same bits.
+    ///
+    /// # Errors
+    /// Unknown sequence.
+    pub fn empty_hot(&mut self, seq: SeqId) -> Result<()> {
+        self.hot_shards(seq)?.for_each(|hot| hot.iter_mut().for_each(HotShard::clear));
+        Ok(())
+    }
+
+    /// Gives every kv head of a sequence another number of slots, empty ones; 0 takes the hot tier away. A sequence that was
+    /// admitted without one has none to resize.
+    ///
+    /// # Errors
+    /// Unknown sequence.
+    pub fn resize_hot(&mut self, seq: SeqId, slots: usize) -> Result<()> {
+        self.hot_shards(seq)?.for_each(|hot| *hot = hot.as_ref().and_then(|hot| hot.resized(slots)));
+        Ok(())
+    }
+
+    fn hot_shards(&mut self, seq: SeqId) -> Result<impl Iterator<Item = &mut Option<HotShard>>> {
+        let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
+        Ok(sequence.layers.iter_mut().flat_map(|l| &mut l.shards).map(|shard| &mut shard.hot))
     }
 
     /// Frees a sequence. Its id is never given out again.
@@ -264,6 +333,8 @@ impl Engine {
             kv_bytes: shards().map(|s| row_bytes(&s.pages)).sum(),
             kv_allocated_bytes: shards().map(|s| s.pages.size_bytes()).sum(),
             index_bytes: shards().map(|s| s.selector.size_bytes()).sum(),
+            hot_bytes: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::size_bytes).sum(),
+            hot_pins_out: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::pins_out).sum(),
         })
     }
 }
@@ -277,6 +348,10 @@ pub struct SequenceMemory {
     pub kv_allocated_bytes: usize,
     /// What the policy keeps beside them: summaries, codes, tree.
     pub index_bytes: usize,
+    /// Slots of the hot tier.
+    pub hot_bytes: usize,
+    /// Pins of the hot tier that were not handed back; between steps anything but 0 is a leak.
+    pub hot_pins_out: usize,
 }
 
 fn check_rows(

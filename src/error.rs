@@ -70,6 +70,9 @@ pub enum Error {
     /// The index refused its arguments.
     #[error(transparent)]
     Index(#[from] floe_index::IndexError),
+    /// The hot tier's books do not agree: a fault of this program. The step's result is not given out.
+    #[error(transparent)]
+    Offload(#[from] crate::transfer::OffloadError),
     /// Environment: the worker pool could not be started.
     #[error("worker pool of {threads} threads: {reason}")]
     Pool {

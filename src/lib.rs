@@ -13,21 +13,25 @@ pub mod view;
 
 mod decode;
 pub mod engine;
+mod hot;
 mod prefill;
 mod sequence;
 
 pub mod attend;
 pub mod page;
 pub mod plan;
+pub mod policy;
 pub mod reuse;
 pub mod select;
+pub mod sim;
 pub mod transfer;
 
+pub mod profile;
 pub mod replay;
 pub mod report;
 pub mod trace;
 
-pub use config::Config;
+pub use config::{Config, HotConfig};
 pub use engine::{DecodeStep, Engine, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};

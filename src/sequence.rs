@@ -2,6 +2,7 @@
 
 use crate::config::Config;
 use crate::error::Result;
+use crate::hot::HotShard;
 use crate::page::ShardPages;
 use crate::reuse::{Off, ReuseCache};
 use crate::select::{Selector, selector};
@@ -12,6 +13,8 @@ pub(crate) struct Shard {
     pub(crate) pages: ShardPages,
     pub(crate) selector: Box<dyn Selector>,
     pub(crate) reuse: Box<dyn ReuseCache>,
+    /// Slots, when the configuration asks for them.
+    pub(crate) hot: Option<HotShard>,
     /// Tokens `0..published` are known to the selector; the rest are young and always attended.
     pub(crate) published: usize,
 }
@@ -22,6 +25,7 @@ impl Shard {
             pages: ShardPages::new(PageShape::new(config.heads.head_dim(), config.kv_dtype)),
             selector: selector(config)?,
             reuse: Box::new(Off),
+            hot: HotShard::new(config),
             published: 0,
         })
     }
@@ -30,6 +34,9 @@ impl Shard {
     pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
         self.selector.truncate(num_tokens as u32)?;
         self.reuse.truncate(num_tokens as u32);
+        if let Some(hot) = &mut self.hot {
+            hot.truncate(num_tokens, &self.pages)?;
+        }
         self.pages.truncate(num_tokens);
         self.published = self.published.min(num_tokens);
         Ok(())

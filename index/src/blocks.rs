@@ -4,10 +4,12 @@
 //! one 512-bit register holds four dimensions of all 16 entries and no horizontal sum is ever needed; values are stored
 //! row by row, as the tail reads them. Entry `e` lies in block `e / 16`, lane `e % 16`. An entry with count 0 is empty.
 
+use crate::error::IndexError;
 use crate::grow::grow_by;
 use crate::index::MAX_DIM;
 use crate::quant::{QUAD, ZERO, quads_of, quantise};
 use crate::simd::Isa;
+use crate::snapshot::{Reader, Writer};
 
 /// Entries in a block.
 pub(crate) const LANES: usize = 16;
@@ -92,16 +94,14 @@ impl Blocks {
         *scale = quantise(isa, summary.value, codes);
         let mut row = [0i8; MAX_DIM];
         let row = &mut row[..dim];
-        let scale = quantise(isa, summary.key, row);
-        let norm: i64 = row.iter().map(|&c| i64::from(c) * i64::from(c)).sum();
-        self.key_scale[entry] = scale;
-        self.key_norm[entry] = norm as f32 * scale * scale;
+        self.key_scale[entry] = quantise(isa, summary.key, row);
         let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
         for (quad, codes) in row.chunks(QUAD).enumerate() {
             for (slot, &code) in self.key_codes[base + quad * LANES * QUAD..].iter_mut().zip(codes) {
                 *slot = (code as u8) ^ ZERO;
             }
         }
+        self.key_norm[entry] = self.norm_of(entry);
         self.spread[entry] = summary.spread;
         self.count[entry] = summary.count;
         self.child[entry] = summary.child;
@@ -122,6 +122,7 @@ impl Blocks {
         self.value_codes[entry * dim..(entry + 1) * dim].fill(0);
         self.key_scale[entry] = 0.0;
         self.key_norm[entry] = 0.0;
+        self.spread[entry] = 0.0;
         self.value_scale[entry] = 0.0;
         self.count[entry] = 0;
         self.child[entry] = u32::MAX;
@@ -160,6 +161,50 @@ impl Blocks {
         for (o, &code) in out.iter_mut().zip(&self.value_codes[entry * self.dim..]) {
             *o = f32::from(code) * scale;
         }
+    }
+
+    /// Appends everything but what follows from the codes.
+    pub fn write_to(&self, to: &mut Writer) {
+        to.len(self.num_blocks());
+        to.bytes(&self.key_codes);
+        to.f32s(&self.key_scale);
+        to.f32s(&self.spread);
+        to.signed(&self.value_codes);
+        to.f32s(&self.value_scale);
+        to.u32s(&self.count);
+        to.u32s(&self.child);
+    }
+
+    /// What `write_to` appended. Links are not checked here.
+    pub fn read_from(dim: usize, from: &mut Reader<'_>) -> Result<Self, IndexError> {
+        let num_blocks = from.len()?;
+        let mut blocks = Self::new(dim);
+        // At most 2^32 blocks of less than 2^18 bytes: no product overflows 64 bits.
+        let entries = num_blocks * LANES;
+        blocks.key_codes = from.take(num_blocks * blocks.key_stride())?.to_vec();
+        blocks.key_scale = from.f32s(entries)?;
+        blocks.spread = from.f32s(entries)?;
+        blocks.value_codes = from.signed(entries * dim)?;
+        blocks.value_scale = from.f32s(entries)?;
+        blocks.count = from.u32s(entries)?;
+        blocks.child = from.u32s(entries)?;
+        blocks.key_norm = vec![0.0; entries];
+        for entry in 0..entries {
+            blocks.key_norm[entry] = blocks.norm_of(entry);
+            let used = blocks.child[entry] != u32::MAX;
+            from.check(used || blocks.count[entry] == 0, "tokens in an unused entry")?;
+        }
+        Ok(blocks)
+    }
+
+    /// Squared length of an entry's key as stored.
+    fn norm_of(&self, entry: usize) -> f32 {
+        let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
+        let code = |d: usize| {
+            i64::from(self.key_codes[base + (d / QUAD) * LANES * QUAD + d % QUAD]) - i64::from(ZERO)
+        };
+        let norm: i64 = (0..self.dim).map(|d| code(d) * code(d)).sum();
+        norm as f32 * self.key_scale[entry] * self.key_scale[entry]
     }
 
     /// Host bytes owned.

@@ -13,6 +13,7 @@ use crate::scratch::Scratch;
 use crate::search::{Pass, tail};
 use crate::simd::Isa;
 use crate::sketch::SketchConfig;
+use crate::snapshot::{Kind, Reader, Writer};
 
 /// See the module documentation.
 #[derive(Clone, Debug)]
@@ -45,6 +46,17 @@ impl Flat {
     pub fn with_sketch(dim: usize, sketch: SketchConfig) -> Result<Self, IndexError> {
         check_dim(dim)?;
         Ok(Self { isa: Isa::detect(), pages: Pages::new(dim, sketch)? })
+    }
+
+    /// The index that `snapshot` wrote.
+    ///
+    /// # Errors
+    /// `Snapshot` for any other bytes.
+    pub fn restore(bytes: &[u8]) -> Result<Self, IndexError> {
+        let mut from = Reader::new(bytes, Kind::Flat)?;
+        let pages = Pages::read_from(&mut from)?;
+        from.finish()?;
+        Ok(Self { isa: Isa::detect(), pages })
     }
 
     /// The same pages, scanned exactly.
@@ -171,6 +183,8 @@ impl KeyIndex for Flat {
     }
 
     fn snapshot(&self) -> Vec<u8> {
-        Vec::new()
+        let mut to = Writer::new(Kind::Flat);
+        self.pages.write_to(&mut to);
+        to.finish()
     }
 }

@@ -100,6 +100,8 @@ pub(crate) struct Frontier {
     pub rest: Vec<f32>,
     /// `[parts, 16]` lanes of a page that are neither selected nor excluded.
     pub lanes: Vec<u16>,
+    /// Rows that `logits` and `rest` are about, in an index of single tokens.
+    pub rows: Vec<u32>,
     pub group: usize,
     pub stamp: u64,
     /// Whether the tail is wanted at all.
@@ -113,6 +115,7 @@ impl Frontier {
         self.logits.clear();
         self.rest.clear();
         self.lanes.clear();
+        self.rows.clear();
     }
 
     /// Opens room for one more part and returns its number.

@@ -23,13 +23,17 @@ use crate::flat::check_dim;
 use crate::found::Found;
 use crate::idmap::{IdMap, Place};
 use crate::index::{Batch, Hit, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
-use crate::rows::{self, widen};
+use crate::keys16::{self, widen};
 use crate::scratch::Scratch;
 use crate::simd::Isa;
 use crate::simd::vectorise::{Kernel, fold, vectorised};
+use crate::snapshot::{Kind, Reader, Writer};
 
 /// Layers of the graph; the next to last holds one token in `m^14`.
 const LAYERS: usize = 16;
+
+/// Widest candidate list; hnsw_rs takes memory for all of it up front.
+const EF_MAX: usize = 1 << 16;
 
 /// Graph and search constants, named as in the literature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,8 +190,8 @@ impl Hnsw {
             return Err(IndexError::Config { field: "m", value: config.m as f64, expected: "in 2..=256" });
         }
         for (field, value) in [("ef_construction", config.ef_construction), ("ef_search", config.ef_search)] {
-            if value == 0 {
-                return Err(IndexError::Config { field, value: 0.0, expected: "at least 1" });
+            if !(1..=EF_MAX).contains(&value) {
+                return Err(IndexError::Config { field, value: value as f64, expected: "in 1..=65536" });
             }
         }
         let isa = Isa::detect();
@@ -203,6 +207,21 @@ impl Hnsw {
             map: IdMap::default(),
             stamp: 0,
         })
+    }
+
+    /// The index that `snapshot` wrote. The graph is built again from its tokens: the same one if none had been removed.
+    ///
+    /// # Errors
+    /// `Snapshot` for any other bytes.
+    pub fn restore(bytes: &[u8]) -> Result<Self, IndexError> {
+        let mut from = Reader::new(bytes, Kind::Hnsw)?;
+        let dim = from.len()?;
+        let config = HnswConfig { m: from.len()?, ef_construction: from.len()?, ef_search: from.len()? };
+        let mut index = Self::new(dim, config).map_err(|_| from.damaged("a constant is out of range"))?;
+        let (ids, keys) = keys16::read(&mut from, dim)?;
+        from.finish()?;
+        index.append(&ids, &keys);
+        Ok(index)
     }
 
     fn append(&mut self, ids: &[KeyId], keys: &[bf16]) {
@@ -249,7 +268,8 @@ impl Hnsw {
         let available = self.map.len() - hidden;
         let effort = (self.config.ef_search as f64 * f64::from(params.open_fraction)).ceil() as usize;
         // Removed and excluded tokens take up places in the answer.
-        let ef = effort.max(params.budget).min(params.node_budget).max(1) + hidden + self.num_gone;
+        let ef = effort.max(params.budget).min(params.node_budget).max(1);
+        let ef = ef.saturating_add(hidden + self.num_gone).min(self.ids.len());
         union.clear();
         for q in query.q.chunks_exact(self.dim) {
             bits.clear();
@@ -322,9 +342,7 @@ impl KeyIndex for Hnsw {
 
     fn insert(&mut self, batch: &Batch<'_>) -> Result<(), IndexError> {
         check::batch(batch, self.dim, self.len(), |id| self.map.get(id).is_some())?;
-        let mut keys = vec![bf16::ZERO; batch.keys.len()];
-        rows::narrow(batch.keys, &mut keys);
-        self.append(batch.ids, &keys);
+        self.append(batch.ids, &keys16::narrowed(batch.keys));
         self.stamp += 1;
         Ok(())
     }
@@ -370,7 +388,7 @@ impl KeyIndex for Hnsw {
         ranked.clear();
         ranked.extend(union.iter().map(|&slot| (f32::NEG_INFINITY, slot)));
         for (h, q) in query.q.chunks_exact(self.dim).enumerate() {
-            rows::dots(self.isa, q, &self.keys, union, row);
+            keys16::dots(self.isa, q, &self.keys, union, row);
             row.iter_mut().for_each(|x| *x *= query.scale);
             let attended = query.attended_lse.get(h).copied().unwrap_or(f32::NEG_INFINITY);
             let norm = log_sum(row, attended);
@@ -411,6 +429,15 @@ impl KeyIndex for Hnsw {
     }
 
     fn snapshot(&self) -> Vec<u8> {
-        Vec::new()
+        let mut to = Writer::new(Kind::Hnsw);
+        to.len(self.dim);
+        for x in [self.config.m, self.config.ef_construction, self.config.ef_search] {
+            to.len(x);
+        }
+        let live = || (0..self.ids.len()).filter(|&slot| !self.gone[slot]);
+        let ids: Vec<KeyId> = live().map(|slot| self.ids[slot]).collect();
+        let rows = live().map(|slot| &self.keys[slot * self.dim..(slot + 1) * self.dim]);
+        keys16::write(&mut to, &ids, rows);
+        to.finish()
     }
 }

@@ -14,6 +14,7 @@ mod hnsw;
 mod icecache;
 mod idmap;
 mod index;
+mod keys16;
 mod pages;
 mod quant;
 mod rotate;
@@ -22,6 +23,8 @@ mod scratch;
 mod search;
 pub mod simd;
 pub mod sketch;
+mod snapshot;
+mod tokens;
 mod topk;
 
 pub use dci::Dci;
@@ -35,3 +38,4 @@ pub use index::{
 };
 pub use rotate::{DIM_MAX, Rotation};
 pub use scratch::Scratch;
+pub use tokens::FlatTokens;

@@ -9,8 +9,9 @@ use crate::error::IndexError;
 use crate::frame::Frame;
 use crate::grow::grow_by;
 use crate::idmap::{IdMap, Place};
-use crate::index::{KeyId, MemoryReport};
+use crate::index::{KeyId, MAX_DIM, MemoryReport};
 use crate::sketch::{EncodeScratch, Sketch, SketchConfig};
+use crate::snapshot::{Reader, Writer};
 
 /// One rotation for all shards: it only has to be unrelated to the data.
 const ROTATION_SEED: u64 = 0x666c_6f65;
@@ -220,6 +221,93 @@ impl Pages {
             young_bytes: self.young.size_bytes(),
             ..MemoryReport::default()
         }
+    }
+}
+
+impl Pages {
+    /// Appends everything but what follows from it.
+    pub fn write_to(&self, to: &mut Writer) {
+        to.len(self.dim);
+        let config = self.sketch.as_ref().map_or(SketchConfig::OFF, Sketch::config);
+        to.bytes(&[config.k_bits() as u8, config.v_bits() as u8]);
+        self.frame.write_to(to);
+        self.blocks.write_to(to);
+        to.len(self.num_pages());
+        to.u32s(&self.ids);
+        to.u16s(&self.live);
+        to.len(self.free.len());
+        to.u32s(&self.free);
+        self.young.write_to(to);
+        to.len(self.num_young);
+        if let Some(sketch) = &self.sketch {
+            sketch.write_to(to.buffer());
+        }
+    }
+
+    /// What `write_to` appended, every link checked.
+    pub fn read_from(from: &mut Reader<'_>) -> Result<Self, IndexError> {
+        let dim = from.len()?;
+        from.check((1..=MAX_DIM).contains(&dim), "dimension")?;
+        let bits = from.take(2)?;
+        let mut pages = Self::new(dim, SketchConfig::new(bits[0], bits[1])?)?;
+        pages.frame = Frame::read_from(dim, from)?;
+        pages.blocks = Blocks::read_from(dim, from)?;
+        let num_pages = from.len()?;
+        pages.ids = from.u32s(num_pages * LANES)?;
+        pages.live = from.u16s(num_pages)?;
+        let num_free = from.len()?;
+        pages.free = from.u32s(num_free)?;
+        pages.young = Blocks::read_from(dim, from)?;
+        pages.num_young = from.len()?;
+        if let Some(sketch) = &mut pages.sketch {
+            let bytes = from.take(num_pages * sketch.snapshot_bytes_per_page())?;
+            sketch.resize_pages(num_pages);
+            sketch.read_from(bytes)?;
+        }
+        pages.link(from)?;
+        Ok(pages)
+    }
+
+    /// Rebuilds the links from pages to entries and from ids to slots.
+    fn link(&mut self, from: &Reader<'_>) -> Result<(), IndexError> {
+        let num_pages = self.num_pages();
+        self.entry_of = vec![u32::MAX; num_pages];
+        for (entry, &page) in self.blocks.child.iter().enumerate().filter(|e| *e.1 != u32::MAX) {
+            let home =
+                self.entry_of.get_mut(page as usize).ok_or_else(|| from.damaged("page of an entry"))?;
+            from.check(*home == u32::MAX, "two entries for one page")?;
+            from.check(
+                self.live[page as usize].count_ones() == self.blocks.count[entry],
+                "tokens of a page",
+            )?;
+            from.check(self.blocks.count[entry] > 0, "an entry for a free page")?;
+            *home = entry as u32;
+        }
+        let mut idle = vec![false; num_pages];
+        for &page in &self.free {
+            let idle = idle.get_mut(page as usize).ok_or_else(|| from.damaged("free page"))?;
+            from.check(!*idle, "a page is free twice")?;
+            *idle = true;
+        }
+        for (page, &idle) in idle.iter().enumerate() {
+            from.check(idle == (self.entry_of[page] == u32::MAX), "a page is neither used nor free")?;
+            from.check(!idle || self.live[page] == 0, "tokens of a free page")?;
+            for lane in (0..LANES).filter(|lane| self.live[page] >> lane & 1 == 1) {
+                let slot = page * LANES + lane;
+                from.check(self.map.get(self.ids[slot]).is_none(), "an id occurs twice")?;
+                self.map.set(self.ids[slot], Place::Slot(slot));
+            }
+        }
+        from.check(self.num_young <= self.young.count.len(), "young tokens")?;
+        for (entry, (&id, &count)) in self.young.child.iter().zip(&self.young.count).enumerate() {
+            from.check(count == u32::from(entry < self.num_young), "young tokens")?;
+            if count == 1 {
+                from.check(self.map.get(id).is_none(), "an id occurs twice")?;
+                self.map.set(id, Place::Young(entry));
+            }
+        }
+        let used = self.map.len() > 0;
+        from.check(!used || !self.frame.key_centre.is_empty(), "tokens without a centre")
     }
 }
 

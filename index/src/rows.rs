@@ -1,246 +1,187 @@
-//! Keys held in full as bf16, for the token-level baselines: dot products with a query, and of many keys with many others.
-//!
-//! bf16 is what the models that produce the keys store; a dot product of `dim` rounded keys with an f32 query differs from the
-//! unrounded one by at most `2^-9 |q| |k|`.
+//! Keys and values in full, for the indexes that work on single tokens, and the selection that they share.
 
-use half::bf16;
-
+use crate::check;
+use crate::error::IndexError;
+use crate::found::Found;
+use crate::idmap::{IdMap, Place};
+use crate::index::{Batch, Hit, KeyId, MAX_DIM, MemoryReport, Query, SearchParams, Tail};
+use crate::scratch::Scratch;
 use crate::simd::Isa;
-use crate::simd::vectorise::{Kernel, fold, vectorised};
+use crate::simd::vectorise::{Kernel, dot, vectorised};
+use crate::snapshot::{Reader, Writer};
+use crate::topk::Ranked;
 
-/// Rows of a tile of [`Tiles`]: one 512-bit register.
-const TILE: usize = 16;
-/// Queries that share each load of a tile.
-const QUERIES: usize = 4;
-
-/// bf16 to f32 without the quieting of NaN, so that loops vectorise; checked input has none.
-#[inline(always)]
-pub(crate) fn widen(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
+/// Tokens by row; a removed token leaves a dead row behind.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Rows {
+    pub dim: usize,
+    pub ids: Vec<KeyId>,
+    pub live: Vec<bool>,
+    /// `[rows, dim]`
+    pub keys: Vec<f32>,
+    /// `[rows, dim]`
+    pub values: Vec<f32>,
+    pub map: IdMap,
+    pub stamp: u64,
 }
 
-/// Rounds a row.
-pub(crate) fn narrow(row: &[f32], out: &mut [bf16]) {
-    for (o, &x) in out.iter_mut().zip(row) {
-        // Rounding may reach infinity from the largest finite numbers; the largest bf16 stands for them.
-        let rounded = bf16::from_f32(x);
-        *o = if rounded.is_finite() { rounded } else { if x < 0.0 { bf16::MIN } else { bf16::MAX } };
+impl Rows {
+    pub fn new(dim: usize) -> Self {
+        Self { dim, ..Self::default() }
+    }
+
+    pub fn num_rows(&self) -> usize {
+        self.ids.len()
+    }
+
+    pub fn key(&self, row: usize) -> &[f32] {
+        &self.keys[row * self.dim..(row + 1) * self.dim]
+    }
+
+    /// Checks a batch without adding it.
+    pub fn check(&self, batch: &Batch<'_>) -> Result<(), IndexError> {
+        check::batch(batch, self.dim, self.num_rows(), |id| self.map.get(id).is_some())
+    }
+
+    /// Adds a checked batch; its rows are the last ones.
+    pub fn extend(&mut self, batch: &Batch<'_>) {
+        for (i, &id) in batch.ids.iter().enumerate() {
+            self.map.set(id, Place::Slot(self.num_rows() + i));
+        }
+        self.ids.extend_from_slice(batch.ids);
+        self.live.resize(self.ids.len(), true);
+        self.keys.extend_from_slice(batch.keys);
+        self.values.extend_from_slice(batch.values);
+        self.stamp += 1;
+    }
+
+    /// Row of a live token.
+    pub fn row_of(&self, id: KeyId) -> Option<usize> {
+        match self.map.get(id) {
+            Some(Place::Slot(row)) => Some(row),
+            _ => None,
+        }
+    }
+
+    /// Marks a token dead and returns its row.
+    pub fn remove(&mut self, id: KeyId) -> Option<usize> {
+        let row = self.row_of(id)?;
+        self.map.remove(id);
+        self.live[row] = false;
+        self.stamp += 1;
+        Some(row)
+    }
+
+    pub fn memory(&self) -> MemoryReport {
+        MemoryReport {
+            ids_bytes: 4 * self.ids.capacity() + self.live.capacity() + self.map.size_bytes(),
+            rows_bytes: 4 * (self.keys.capacity() + self.values.capacity()),
+            ..MemoryReport::default()
+        }
+    }
+
+    /// Appends the live rows in order.
+    pub fn write_to(&self, to: &mut Writer) {
+        to.len(self.dim);
+        to.len(self.map.len());
+        let live = || (0..self.num_rows()).filter(|&row| self.live[row]);
+        live().for_each(|row| to.u32(self.ids[row]));
+        live().for_each(|row| to.f32s(self.key(row)));
+        live().for_each(|row| to.f32s(&self.values[row * self.dim..(row + 1) * self.dim]));
+    }
+
+    /// What `write_to` appended.
+    pub fn read_from(from: &mut Reader<'_>) -> Result<Self, IndexError> {
+        let dim = from.len()?;
+        from.check((1..=MAX_DIM).contains(&dim), "dimension")?;
+        let len = from.len()?;
+        let (ids, keys) = (from.u32s(len)?, from.f32s(len * dim)?);
+        let values = from.f32s(len * dim)?;
+        let mut rows = Self::new(dim);
+        let batch = Batch { ids: &ids, keys: &keys, values: &values };
+        rows.check(&batch).map_err(|_| from.damaged("an id occurs twice"))?;
+        rows.extend(&batch);
+        Ok(rows)
+    }
+
+    /// Checks the input of a search and starts an answer whose frontier is `scratch.candidates` and their logits.
+    pub fn begin(
+        &self,
+        query: &Query<'_>,
+        exclude: &[KeyId],
+        params: &SearchParams,
+        found: &mut Found,
+    ) -> Result<(), IndexError> {
+        check::query(query, self.dim)?;
+        check::exclude(exclude)?;
+        check::params(params)?;
+        found.clear();
+        found.frontier.group = query.group;
+        found.frontier.stamp = self.stamp;
+        found.frontier.answers = params.tail != Tail::Off;
+        Ok(())
+    }
+
+    /// Logits `[candidates, group]` of `scratch.candidates`.
+    pub fn score(&self, isa: Isa, query: &Query<'_>, scratch: &mut Scratch, found: &mut Found) {
+        let Scratch { candidates, .. } = scratch;
+        let logits = &mut found.frontier.logits;
+        logits.resize(candidates.len() * query.group, 0.0);
+        vectorised(isa, Score { rows: self, query, candidates, logits });
+        found.index_bytes_read += candidates.len() * self.dim * 4;
+    }
+
+    /// Takes the best of `scratch.candidates` by their largest share over the heads: of the mass of all candidates and of
+    /// what is attended anyway.
+    pub fn select(&self, query: &Query<'_>, params: &SearchParams, scratch: &mut Scratch, found: &mut Found) {
+        let group = query.group;
+        let Scratch { candidates, norm, top, .. } = scratch;
+        let logits = &found.frontier.logits;
+        norm.clear();
+        for head in 0..group {
+            let attended = query.attended_lse.get(head).copied().unwrap_or(f32::NEG_INFINITY);
+            let of_head = || logits.iter().skip(head).step_by(group);
+            let max = of_head().fold(attended, |m, &l| m.max(l));
+            let sum: f64 = of_head().map(|&l| f64::from(l - max).exp()).sum();
+            norm.push(max + (sum + f64::from(attended - max).exp()).ln() as f32);
+        }
+        top.start(params.budget);
+        for (place, row) in logits.chunks_exact(group).enumerate() {
+            let best = row.iter().zip(norm.iter()).fold(f32::NEG_INFINITY, |b, (l, n)| b.max(l - n));
+            if best > top.threshold {
+                top.offer(Ranked::new(best, place, 1));
+            }
+        }
+        found.frontier.rest.clear();
+        found.frontier.rest.resize(candidates.len(), 1.0);
+        for item in top.finish() {
+            let row = candidates[item.place()] as usize;
+            found.frontier.rest[item.place()] = 0.0;
+            found.tokens.push(Hit { id: self.ids[row], score: item.score() });
+        }
+        found.nodes_scored += candidates.len();
     }
 }
 
-/// `out[i] = q . rows[places[i]]` for rows `[n, dim]`.
-pub(crate) fn dots(isa: Isa, q: &[f32], rows: &[bf16], places: &[u32], out: &mut Vec<f32>) {
-    out.clear();
-    vectorised(isa, Dots { q, rows, places, out });
+struct Score<'a> {
+    rows: &'a Rows,
+    query: &'a Query<'a>,
+    candidates: &'a [u32],
+    logits: &'a mut [f32],
 }
 
-struct Dots<'a> {
-    q: &'a [f32],
-    rows: &'a [bf16],
-    places: &'a [u32],
-    out: &'a mut Vec<f32>,
-}
-
-impl Kernel for Dots<'_> {
+impl Kernel for Score<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let dim = self.q.len();
-        for &place in self.places {
-            let row = &self.rows[place as usize * dim..][..dim];
-            self.out.push(dot_row(self.q, row));
-        }
-    }
-}
-
-/// Dot product in sixteen interleaved partial sums.
-#[inline(always)]
-fn dot_row(q: &[f32], row: &[bf16]) -> f32 {
-    let mut sums = [0.0f32; TILE];
-    let (qs, rows) = (q.chunks_exact(TILE), row.chunks_exact(TILE));
-    let rest = qs.remainder().iter().zip(rows.remainder());
-    let rest: f32 = rest.map(|(x, y)| x * widen(y.to_bits())).sum();
-    for (x, y) in qs.zip(rows) {
-        for ((s, x), y) in sums.iter_mut().zip(x).zip(y) {
-            *s += x * widen(y.to_bits());
-        }
-    }
-    fold(sums) + rest
-}
-
-/// Dot products of one row.
-pub(crate) fn dot(isa: Isa, q: &[f32], row: &[bf16]) -> f32 {
-    vectorised(isa, Dot { q, row })
-}
-
-struct Dot<'a> {
-    q: &'a [f32],
-    row: &'a [bf16],
-}
-
-impl Kernel for Dot<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    fn run(self) -> f32 {
-        dot_row(self.q, self.row)
-    }
-}
-
-/// Keys in tiles of sixteen with the dimension outermost, so that many queries meet all of them without horizontal sums.
-pub(crate) struct Tiles {
-    dim: usize,
-    len: usize,
-    /// `[tiles, dim, 16]`
-    data: Vec<f32>,
-    /// `[tiles, 16]` added per query weight to each product: the lift of [`crate::icecache`].
-    lift: Vec<f32>,
-}
-
-impl Tiles {
-    /// From rows `[n, dim]` f32 and their lifts `[n]`.
-    pub fn new(rows: &[f32], lift: &[f32], dim: usize) -> Self {
-        let len = lift.len();
-        let tiles = len.div_ceil(TILE);
-        let mut data = vec![0.0; tiles * dim * TILE];
-        for (i, row) in rows.chunks_exact(dim).enumerate() {
-            let base = i / TILE * dim * TILE + i % TILE;
-            for (d, &x) in row.iter().enumerate() {
-                data[base + d * TILE] = x;
+        let dim = self.rows.dim;
+        for (&row, logits) in self.candidates.iter().zip(self.logits.chunks_exact_mut(self.query.group)) {
+            let key = &self.rows.keys[row as usize * dim..][..dim];
+            for (logit, q) in logits.iter_mut().zip(self.query.q.chunks_exact(dim)) {
+                // Absurd but finite keys must not turn into infinity minus infinity.
+                *logit = (dot(q, key) * self.query.scale).clamp(-1e30, 1e30);
             }
         }
-        let mut lifts = vec![0.0; tiles * TILE];
-        lifts[..len].copy_from_slice(lift);
-        Self { dim, len, data, lift: lifts }
-    }
-
-    /// For each of `q` `[m, dim]` with lift `q_lift` `[m]`, the row with the largest `q . row + q_lift * lift`, first of equals,
-    /// and that sum; `[m]` into `best`.
-    pub fn nearest(&self, isa: Isa, q: &[f32], q_lift: &[f32], best: &mut Vec<(f32, u32)>) {
-        best.clear();
-        best.resize(q_lift.len(), (f32::NEG_INFINITY, 0));
-        for (at, (q, lift)) in q.chunks(QUERIES * self.dim).zip(q_lift.chunks(QUERIES)).enumerate() {
-            let best = &mut best[at * QUERIES..][..lift.len()];
-            if lift.len() == QUERIES {
-                vectorised(isa, Nearest { tiles: self, q, lift, best });
-            } else {
-                for ((q, lift), best) in q.chunks_exact(self.dim).zip(lift).zip(best) {
-                    let (q, lift) = (q.repeat(QUERIES), [*lift; QUERIES]);
-                    let mut same = [*best; QUERIES];
-                    vectorised(isa, Nearest { tiles: self, q: &q, lift: &lift, best: &mut same });
-                    *best = same[0];
-                }
-            }
-        }
-    }
-}
-
-struct Nearest<'a> {
-    tiles: &'a Tiles,
-    q: &'a [f32],
-    lift: &'a [f32],
-    best: &'a mut [(f32, u32)],
-}
-
-impl Kernel for Nearest<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let dim = self.tiles.dim;
-        let (q0, rest) = self.q.split_at(dim);
-        let (q1, rest) = rest.split_at(dim);
-        let (q2, q3) = rest.split_at(dim);
-        let tiles = self.tiles.data.chunks_exact(dim * TILE).zip(self.tiles.lift.chunks_exact(TILE));
-        for (t, (tile, lift)) in tiles.enumerate() {
-            let mut sums = [[0.0f32; TILE]; QUERIES];
-            for (d, row) in tile.chunks_exact(TILE).enumerate() {
-                let x = [q0[d], q1[d], q2[d], q3[d]];
-                for (sums, x) in sums.iter_mut().zip(x) {
-                    for (s, &y) in sums.iter_mut().zip(row) {
-                        *s += x * y;
-                    }
-                }
-            }
-            let num = (self.tiles.len - t * TILE).min(TILE);
-            for ((sums, &own), best) in sums.iter_mut().zip(self.lift).zip(&mut *self.best) {
-                let mut most = f32::NEG_INFINITY;
-                for (s, &l) in sums.iter_mut().zip(lift) {
-                    *s += own * l;
-                }
-                for &s in &sums[..num] {
-                    most = if s > most { s } else { most };
-                }
-                if most > best.0 {
-                    let lane = sums[..num].iter().position(|&s| s == most).unwrap_or(0);
-                    *best = (most, (t * TILE + lane) as u32);
-                }
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn numbers(n: usize, by: f32) -> Vec<f32> {
-        (0..n).map(|i| (i as f32 * by).sin()).collect()
-    }
-
-    #[test]
-    fn products_equal_the_f64_sum_within_its_rounding() {
-        for dim in [64usize, 80, 129] {
-            let rows: Vec<bf16> = numbers(5 * dim, 0.37).iter().map(|&x| bf16::from_f32(x)).collect();
-            let q = numbers(dim, 1.7);
-            for isa in Isa::all_available() {
-                let mut out = Vec::new();
-                dots(isa, &q, &rows, &[4, 0, 2], &mut out);
-                for (&got, place) in out.iter().zip([4usize, 0, 2]) {
-                    let row = &rows[place * dim..][..dim];
-                    let exact: f64 = q.iter().zip(row).map(|(a, b)| f64::from(*a) * b.to_f64()).sum();
-                    // dim products and as many sums, each of relative error 2^-24, over terms of at most 1.
-                    assert!((f64::from(got) - exact).abs() < dim as f64 * dim as f64 * 2f64.powi(-24));
-                    assert_eq!(got, dot(isa, &q, row));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn nearest_row_is_the_first_of_the_best_for_every_count() {
-        let dim = 80;
-        for n in [1usize, 15, 16, 17, 100] {
-            let mut rows = numbers(n * dim, 0.91);
-            rows.truncate(n * dim);
-            let lift = numbers(n, 0.3);
-            let tiles = Tiles::new(&rows, &lift, dim);
-            for m in [1usize, 4, 7] {
-                let (q, q_lift) = (numbers(m * dim, 2.3), numbers(m, 1.1));
-                for isa in Isa::all_available() {
-                    let mut best = Vec::new();
-                    tiles.nearest(isa, &q, &q_lift, &mut best);
-                    for (i, &(got, at)) in best.iter().enumerate() {
-                        let score = |r: usize| -> f64 {
-                            let pairs = q[i * dim..][..dim].iter().zip(&rows[r * dim..][..dim]);
-                            pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
-                                + f64::from(q_lift[i]) * f64::from(lift[r])
-                        };
-                        let most = (0..n).map(score).fold(f64::NEG_INFINITY, f64::max);
-                        assert!(
-                            (score(at as usize) - most).abs() < 1e-3 && (f64::from(got) - most).abs() < 1e-3
-                        );
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn rounding_never_leaves_the_finite_numbers() {
-        let mut out = [bf16::ZERO; 3];
-        narrow(&[f32::MAX, -f32::MAX, 0.1], &mut out);
-        assert_eq!(out, [bf16::MAX, bf16::MIN, bf16::from_f32(0.1)]);
     }
 }

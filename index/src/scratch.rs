@@ -26,6 +26,8 @@ pub struct Scratch {
     /// `[group, 16]` partial sums, weights.
     pub(crate) sums: Vec<f32>,
     pub(crate) weights: Vec<f32>,
+    /// Rows that a token-level index considers.
+    pub(crate) candidates: Vec<u32>,
     /// Blocks to open at the next level.
     pub(crate) opened: Vec<u32>,
     pub(crate) ranked: Vec<(f32, u32)>,

@@ -9,7 +9,7 @@ pub use cpu::CpuBackend;
 
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::page::ShardPages;
+use crate::page::{ShardPages, SlotMemory, SlotTable};
 use crate::query::GroupQuery;
 use crate::state::StateBuf;
 
@@ -19,6 +19,8 @@ pub struct AttendScratch {
     rows: floe_cuda::AttendScratch,
     splits: floe_cuda::SplitScratch,
     part: StateBuf,
+    /// 0, 1, 2, ...: rows of a step that lie in slots, in the order of their positions.
+    counting: Vec<u32>,
 }
 
 /// Tokens of one shard.
@@ -28,6 +30,19 @@ pub enum Tokens<'a> {
     Range(Range<TokenPos>),
     /// Ascending positions.
     List(&'a [TokenPos]),
+    /// Ascending positions, read from their slots where the table has one for them.
+    Hot(HotTokens<'a>),
+}
+
+/// The tokens of one step with their page table and the memory of the slots.
+#[derive(Clone, Copy, Debug)]
+pub struct HotTokens<'a> {
+    /// Ascending positions.
+    pub tokens: &'a [TokenPos],
+    /// Where they lie, one place a token.
+    pub table: &'a SlotTable,
+    /// Memory of the slots.
+    pub memory: &'a SlotMemory,
 }
 
 /// Where attention runs. One implementation is chosen when the engine is opened.

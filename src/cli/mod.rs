@@ -1,6 +1,7 @@
 //! Command line: one file per command. Commands return `anyhow::Result`; only this file decides on exit codes and
 //! writes to stderr.
 
+mod profile;
 mod replay;
 mod trace;
 
@@ -8,6 +9,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use floe::profile::{LogError, ProfileError};
 use floe::replay::ReplayError;
 use floe::trace::TraceError;
 
@@ -29,6 +31,8 @@ struct Cli {
 enum Command {
     /// Compare policies with full attention on recorded traces.
     Replay(replay::ReplayArgs),
+    /// How often would a hot tier of a given size hold what a step needs?
+    Profile(profile::ProfileArgs),
     /// Inspect, cut and synthesise trace files.
     #[command(subcommand)]
     Trace(trace::TraceCommand),
@@ -39,6 +43,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Replay(args) => replay::run(args),
+        Command::Profile(args) => profile::run(args),
         Command::Trace(command) => trace::run(command),
     };
     match result {
@@ -60,6 +65,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     let is_input = error.chain().any(|cause| {
         let trace_error = cause.downcast_ref::<TraceError>();
         trace_error.is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<ProfileError>().is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<LogError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<ReplayError>().is_some_and(|error| !error.is_environment())
     });
     if is_input { EXIT_INPUT } else { EXIT_ENVIRONMENT }

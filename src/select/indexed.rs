@@ -2,9 +2,7 @@
 
 use std::ops::Range;
 
-use floe_index::{
-    Batch, Dci, Flat, Hnsw, HnswConfig, Icecache, KeyIndex, Query, SearchParams, Tail, TailOut, Unit,
-};
+use floe_index::{Batch, Dci, Flat, KeyIndex, Query, SearchParams, Tail, TailOut, Unit};
 
 use super::{IndexOptions, SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::config::Config;
@@ -32,32 +30,19 @@ impl Indexed {
     /// Consecutive pages, scanned.
     pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
         let index = Box::new(Flat::with_sketch(config.heads.head_dim(), options.sketch)?);
-        Ok(Self { heeds_attended: false, ..Self::over(index, config, options) })
+        Ok(Self { params: params(options), ..Self::baseline(index, config) })
     }
 
     /// Pages of similar keys, in a tree.
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
         let index = Box::new(Dci::with_sketch(config.heads.head_dim(), options.sketch)?);
-        Ok(Self::over(index, config, options))
+        Ok(Self { params: params(options), heeds_attended: true, ..Self::baseline(index, config) })
     }
 
-    /// The published one-projection tree: its top pages and nothing else. The seed draws its line.
-    pub(super) fn icecache(config: &Config) -> Result<Self> {
-        let index = Box::new(Icecache::new(config.heads.head_dim(), config.seed)?);
-        let options = IndexOptions { unit: Unit::Page, ..IndexOptions::PAGEMEAN };
-        Ok(Self { heeds_attended: false, ..Self::over(index, config, &options) })
-    }
-
-    /// Tokens by graph search, with the constants that users start from.
-    pub(super) fn hnsw(config: &Config) -> Result<Self> {
-        let index = Box::new(Hnsw::new(config.heads.head_dim(), HnswConfig::default())?);
-        Ok(Self::over(index, config, &IndexOptions::PAGEMEAN))
-    }
-
-    fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {
-        let exact = SearchParams::exact(0, options.unit, options.tail);
-        let params = SearchParams { open_fraction: options.open, ..exact };
-        Self { index, params, heeds_attended: true, sinks: config.sinks as TokenPos, published: 0 }
+    /// A published index: it ranks what it holds and drops the rest.
+    pub(super) fn baseline(index: Box<dyn KeyIndex>, config: &Config) -> Self {
+        let params = SearchParams::exact(0, Unit::Token, Tail::Off);
+        Self { index, params, heeds_attended: false, sinks: config.sinks as TokenPos, published: 0 }
     }
 
     /// Positions that the index holds although the window attends them: they joined while still in the window.
@@ -133,6 +118,12 @@ impl Selector for Indexed {
     fn size_bytes(&self) -> usize {
         self.index.memory().total_bytes()
     }
+}
+
+/// Search parameters of every step, the budget aside.
+fn params(options: &IndexOptions) -> SearchParams {
+    let exact = SearchParams::exact(0, options.unit, options.tail);
+    SearchParams { open_fraction: options.open, ..exact }
 }
 
 fn index_query<'a>(query: &GroupQuery<'a>, attended_lse: &'a [f32]) -> Query<'a> {

@@ -2,8 +2,12 @@
 
 use std::str::FromStr;
 
+use floe_cuda::cpu::quant::QuantKind;
 use floe_index::sketch::SketchConfig;
 use floe_index::{Tail, Unit};
+
+/// Newest tokens that `kivi2` keeps exact: as many as the default window, within the 32 to 128 that KIVI uses.
+const KIVI_RESIDUAL: usize = 64;
 
 /// A policy, with the text it was given as.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,10 +31,12 @@ pub enum PolicyKind {
     Oracle,
     /// Pages of similar keys.
     Floe(IndexOptions),
-    /// Top pages of the published one-projection tree, no tail.
+    /// Top pages of the published one-projection tree.
     Icecache,
-    /// Tokens found by a navigable graph, no tail.
+    /// Top tokens of an HNSW graph.
     Hnsw,
+    /// Full attention over quantised keys and values.
+    Quantised(QuantKind),
 }
 
 /// Switches of the policies that search an index.
@@ -60,7 +66,7 @@ impl IndexOptions {
 pub enum SpecError {
     /// No policy of that name.
     #[error(
-        "policy `{0}`: unknown name; known are full, window, quest, pagemean, oracle, floe, icecache, hnsw"
+        "policy `{0}`: unknown name; known are full, window, quest, pagemean, icecache, hnsw, oracle, floe, int8, int4, kivi2"
     )]
     Name(String),
     /// The policy has no such option.
@@ -141,6 +147,9 @@ impl FromStr for Policy {
             "oracle" => plain(PolicyKind::Oracle)?,
             "icecache" => plain(PolicyKind::Icecache)?,
             "hnsw" => plain(PolicyKind::Hnsw)?,
+            "int8" => plain(PolicyKind::Quantised(QuantKind::Int8))?,
+            "int4" => plain(PolicyKind::Quantised(QuantKind::Int4))?,
+            "kivi2" => plain(PolicyKind::Quantised(QuantKind::Kivi2 { residual: KIVI_RESIDUAL }))?,
             "pagemean" => PolicyKind::PageMean(index_options(name, options, IndexOptions::PAGEMEAN)?),
             "floe" => PolicyKind::Floe(index_options(name, options, IndexOptions::FLOE)?),
             _ => return Err(SpecError::Name(name.into())),
@@ -208,6 +217,9 @@ mod tests {
             "oracle",
             "icecache",
             "hnsw",
+            "int8",
+            "int4",
+            "kivi2",
             "floe",
             "floe:tail=off",
             "pagemean:sketch=k1,tail=page",

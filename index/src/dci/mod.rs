@@ -21,6 +21,7 @@ use crate::scratch::Scratch;
 use crate::search::tail;
 use crate::simd::Isa;
 use crate::sketch::SketchConfig;
+use crate::snapshot::{Kind, Reader, Writer};
 use tree::Tree;
 
 /// See the module documentation.
@@ -47,6 +48,18 @@ impl Dci {
     pub fn with_sketch(dim: usize, sketch: SketchConfig) -> Result<Self, IndexError> {
         check_dim(dim)?;
         Ok(Self { isa: Isa::detect(), pages: Pages::new(dim, sketch)?, tree: Tree::new(dim) })
+    }
+
+    /// The index that `snapshot` wrote.
+    ///
+    /// # Errors
+    /// `Snapshot` for any other bytes.
+    pub fn restore(bytes: &[u8]) -> Result<Self, IndexError> {
+        let mut from = Reader::new(bytes, Kind::Dci)?;
+        let pages = Pages::read_from(&mut from)?;
+        let tree = Tree::read_from(&pages.blocks, &mut from)?;
+        from.finish()?;
+        Ok(Self { isa: Isa::detect(), pages, tree })
     }
 
     /// The same pages without the tree: the oracle of every search.
@@ -129,6 +142,9 @@ impl KeyIndex for Dci {
     }
 
     fn snapshot(&self) -> Vec<u8> {
-        Vec::new()
+        let mut to = Writer::new(Kind::Dci);
+        self.pages.write_to(&mut to);
+        self.tree.write_to(&mut to);
+        to.finish()
     }
 }

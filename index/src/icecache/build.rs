@@ -6,8 +6,8 @@ use super::search::Beam;
 use super::store::{NONE, ROOT, Store};
 use super::{EXACT_MAX, Icecache, PLACING_FIELD};
 use crate::idmap::Place;
-use crate::index::Batch;
-use crate::rows::{self, Tiles, widen};
+use crate::index::KeyId;
+use crate::keys16::{self, Tiles, widen};
 
 /// Every so many tokens of the lowest level one gets its exact parent when there are too many candidates for all.
 const ANCHOR_EVERY: usize = 60;
@@ -36,22 +36,20 @@ impl Fresh<'_> {
 }
 
 impl Icecache {
-    /// Builds from a checked batch into an empty index. Slot `i` is row `i` of the batch.
-    pub(super) fn build_all(&mut self, batch: &Batch<'_>) {
+    /// Builds from checked tokens, keys `[n, dim]`, into an empty index. Slot `i` is row `i`.
+    pub(super) fn build_all(&mut self, ids: &[KeyId], keys: &[bf16]) {
         let dim = self.store.dim;
         self.reset();
-        let mut keys = vec![bf16::ZERO; batch.keys.len()];
-        rows::narrow(batch.keys, &mut keys);
-        let fresh = Fresh { keys: &keys, dim };
+        let fresh = Fresh { keys, dim };
         let mut row = Vec::new();
-        for (i, &id) in batch.ids.iter().enumerate() {
+        for (i, &id) in ids.iter().enumerate() {
             fresh.widened(&[i as u32], &mut row);
             let slot = self.store.add_token(id, self.levels.assign(), &row);
             self.map.set(id, Place::Slot(slot as usize));
         }
         let top = self.levels.top();
         let mut by_level = vec![Vec::new(); top + 1];
-        for slot in 0..batch.ids.len() as u32 {
+        for slot in 0..ids.len() as u32 {
             by_level[usize::from(self.store.level[slot as usize])].push(slot);
         }
         let roots = by_level.get(top).cloned().unwrap_or_default();
@@ -104,7 +102,7 @@ impl Icecache {
             let mut best = (f32::NEG_INFINITY, 0.0, NONE);
             for &node in &near {
                 let upper = self.store.owner[node as usize];
-                let dot = rows::dot(self.store.isa, &row, fresh.row(upper));
+                let dot = keys16::dot(self.store.isa, &row, fresh.row(upper));
                 let score = dot + lift * self.store.lift(upper);
                 if score > best.0 || best.2 == NONE {
                     best = (score, dot, node);

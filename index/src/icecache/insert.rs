@@ -6,21 +6,19 @@ use super::search::Beam;
 use super::store::{NONE, ROOT};
 use super::{EXACT_MAX, INSERT_FIELD, Icecache};
 use crate::idmap::Place;
-use crate::index::{Batch, KeyId};
-use crate::rows::{self, widen};
+use crate::index::KeyId;
+use crate::keys16::widen;
 
 /// A token moves to a new parent that is nearer by more than this.
 const STEAL_MARGIN: f32 = 1e-8;
 
 impl Icecache {
-    /// Adds a checked batch, upper levels first.
-    pub(super) fn insert_all(&mut self, batch: &Batch<'_>) {
+    /// Adds checked tokens, keys `[n, dim]`, upper levels first.
+    pub(super) fn insert_all(&mut self, ids: &[KeyId], keys: &[bf16]) {
         let dim = self.store.dim;
-        let mut keys = vec![bf16::ZERO; batch.keys.len()];
-        rows::narrow(batch.keys, &mut keys);
         let mut row = vec![0.0f32; dim];
-        let mut fresh = Vec::with_capacity(batch.ids.len());
-        for (&id, key) in batch.ids.iter().zip(keys.chunks_exact(dim)) {
+        let mut fresh = Vec::with_capacity(ids.len());
+        for (&id, key) in ids.iter().zip(keys.chunks_exact(dim)) {
             row.iter_mut().zip(key).for_each(|(x, k)| *x = widen(k.to_bits()));
             let slot = self.store.add_token(id, self.levels.assign(), &row);
             self.map.set(id, Place::Slot(slot as usize));

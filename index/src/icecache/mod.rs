@@ -34,8 +34,10 @@ use crate::flat::check_dim;
 use crate::found::Found;
 use crate::idmap::IdMap;
 use crate::index::{Batch, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
+use crate::keys16;
 use crate::scratch::Scratch;
 use crate::simd::Isa;
+use crate::snapshot::{Kind, Reader, Writer};
 use levels::Levels;
 use search::Field;
 pub(crate) use search::IcecacheScratch;
@@ -72,6 +74,23 @@ impl Icecache {
             map: IdMap::default(),
             stamp: 0,
         })
+    }
+
+    /// The index that `snapshot` wrote. The tree is built anew from its tokens, as after a prefill: insertions and removals
+    /// before the snapshot leave no trace in it.
+    ///
+    /// # Errors
+    /// `Snapshot` for any other bytes.
+    pub fn restore(bytes: &[u8]) -> Result<Self, IndexError> {
+        let mut from = Reader::new(bytes, Kind::Icecache)?;
+        let dim = from.len()?;
+        let mut index = Self::new(dim, 0).map_err(|_| from.damaged("dimension"))?;
+        index.store.line = Line { direction: from.f32s(dim)?, lift: 0.0 };
+        index.store.line.lift = from.f32s(1)?.iter().sum();
+        let (ids, keys) = keys16::read(&mut from, dim)?;
+        from.finish()?;
+        index.build_all(&ids, &keys);
+        Ok(index)
     }
 
     /// Tokens over page slots; 1 when there is no page.
@@ -118,7 +137,7 @@ impl KeyIndex for Icecache {
             return Err(IndexError::NotEmpty { len: self.len() });
         }
         check::batch(batch, self.store.dim, 0, |_| false)?;
-        self.build_all(batch);
+        self.build_all(batch.ids, &keys16::narrowed(batch.keys));
         self.stamp += 1;
         Ok(())
     }
@@ -126,9 +145,9 @@ impl KeyIndex for Icecache {
     fn insert(&mut self, batch: &Batch<'_>) -> Result<(), IndexError> {
         check::batch(batch, self.store.dim, self.len(), |id| self.map.get(id).is_some())?;
         if self.is_empty() {
-            self.build_all(batch);
+            self.build_all(batch.ids, &keys16::narrowed(batch.keys));
         } else {
-            self.insert_all(batch);
+            self.insert_all(batch.ids, &keys16::narrowed(batch.keys));
         }
         self.stamp += 1;
         Ok(())
@@ -179,7 +198,14 @@ impl KeyIndex for Icecache {
     }
 
     fn snapshot(&self) -> Vec<u8> {
-        Vec::new()
+        let mut to = Writer::new(Kind::Icecache);
+        to.len(self.store.dim);
+        to.f32s(&self.store.line.direction);
+        to.f32s(&[self.store.line.lift]);
+        let live = || (0..self.store.ids.len() as u32).filter(|&t| self.store.live[t as usize]);
+        let ids: Vec<KeyId> = live().map(|t| self.store.ids[t as usize]).collect();
+        keys16::write(&mut to, &ids, live().map(|t| self.store.row(t)));
+        to.finish()
     }
 }
 

@@ -7,7 +7,7 @@ use crate::found::Found;
 use crate::hnsw::log_sum;
 use crate::idmap::Place;
 use crate::index::{Hit, KeyId, Query, SearchParams};
-use crate::rows;
+use crate::keys16;
 
 /// Beam width per token of the index.
 const FIELD_PER_TOKEN: f64 = 1.5e-3;
@@ -49,7 +49,7 @@ impl Beam {
     pub fn score(&mut self, store: &Store, row: &[f32]) {
         self.places.clear();
         self.places.extend(self.tokens.iter().map(|&t| store.place[t as usize]));
-        rows::dots(store.isa, row, &store.keys, &self.places, &mut self.scores);
+        keys16::dots(store.isa, row, &store.keys, &self.places, &mut self.scores);
     }
 
     /// Adds the children of a node that lie nearest to `along` on its line.
@@ -139,7 +139,7 @@ impl Icecache {
             if at == level + 1 {
                 let node = *beam.nodes.first()?;
                 let upper = store.owner[node as usize];
-                return Some((node, rows::dot(store.isa, row, store.row(upper))));
+                return Some((node, keys16::dot(store.isa, row, store.row(upper))));
             }
         }
     }

@@ -63,7 +63,7 @@ impl PageCodes<'_> {
 #[repr(C, align(64))]
 pub(crate) struct Table(pub [u8; 64]);
 
-/// A group of integer queries as the score kernel reads them, in passes of at most [`HEADS_PER_PASS`] heads.
+/// A group of integer queries as the score kernel reads them, in passes of at most `HEADS_PER_PASS` heads.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct QueryCodes {
     /// Planes to read: 1, 2 or 4.
