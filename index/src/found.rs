@@ -98,8 +98,8 @@ pub(crate) struct Frontier {
     pub logits: Vec<f32>,
     /// `[parts, 16]` tokens of the entry that the tail must answer for.
     pub rest: Vec<f32>,
-    /// `[parts, 16]` lanes of a page that are neither selected nor excluded.
-    pub lanes: Vec<u16>,
+    /// `[parts, 16]` lanes of a page that are selected or excluded.
+    pub taken: Vec<u16>,
     /// Rows that `logits` and `rest` are about, in an index of single tokens.
     pub rows: Vec<u32>,
     pub group: usize,
@@ -114,7 +114,7 @@ impl Frontier {
         self.parts.clear();
         self.logits.clear();
         self.rest.clear();
-        self.lanes.clear();
+        self.taken.clear();
         self.rows.clear();
     }
 
@@ -124,7 +124,7 @@ impl Frontier {
         self.parts.push(part);
         self.logits.resize((at + 1) * self.group * LANES, 0.0);
         self.rest.resize((at + 1) * LANES, 0.0);
-        self.lanes.resize((at + 1) * LANES, 0);
+        self.taken.resize((at + 1) * LANES, 0);
         at
     }
 
