@@ -11,7 +11,7 @@ mod spec;
 
 use std::ops::Range;
 
-use floe_index::{Hnsw, Icecache};
+use floe_index::{Hnsw, HnswConfig, Icecache};
 use half::{bf16, f16};
 
 pub(crate) use oracle::Oracle;
@@ -116,11 +116,11 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
             }
         }
         PolicyKind::Icecache => {
-            let index = Box::new(Icecache::new(config.heads.head_dim())?);
+            let index = Box::new(Icecache::new(config.heads.head_dim(), config.seed)?);
             Box::new(indexed::Indexed::baseline(index, config))
         }
         PolicyKind::Hnsw => {
-            let index = Box::new(Hnsw::new(config.heads.head_dim())?);
+            let index = Box::new(Hnsw::new(config.heads.head_dim(), HnswConfig::default())?);
             Box::new(indexed::Indexed::baseline(index, config))
         }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
