@@ -2,6 +2,8 @@
 //! writes to stderr.
 
 #[cfg(feature = "candle")]
+mod eval;
+#[cfg(feature = "candle")]
 mod generate;
 mod replay;
 mod trace;
@@ -32,6 +34,9 @@ enum Command {
     /// Answer a prompt with a GGUF model whose attention runs through floe.
     #[cfg(feature = "candle")]
     Generate(generate::GenerateArgs),
+    /// Judge policies by answers and logits against Full-KV, on a GGUF model.
+    #[cfg(feature = "candle")]
+    Eval(eval::EvalArgs),
     /// Compare policies with full attention on recorded traces.
     Replay(replay::ReplayArgs),
     /// Inspect, cut and synthesise trace files.
@@ -45,6 +50,8 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         #[cfg(feature = "candle")]
         Command::Generate(args) => generate::run(args),
+        #[cfg(feature = "candle")]
+        Command::Eval(args) => eval::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Trace(command) => trace::run(command),
     };
