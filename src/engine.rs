@@ -1,6 +1,10 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
+mod persist;
+
 use std::collections::HashMap;
+
+pub use persist::{SEQUENCE_KIND, SavedSequence};
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
@@ -332,7 +336,9 @@ impl Engine {
         Ok(SequenceMemory {
             kv_bytes: shards().map(|s| row_bytes(&s.pages)).sum(),
             kv_allocated_bytes: shards().map(|s| s.pages.size_bytes()).sum(),
-            index_bytes: shards().map(|s| s.selector.size_bytes()).sum(),
+            index_bytes: shards()
+                .map(|s| s.selector.size_bytes() / std::sync::Arc::strong_count(&s.selector))
+                .sum(),
             hot_bytes: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::size_bytes).sum(),
             hot_pins_out: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::pins_out).sum(),
         })
@@ -346,7 +352,7 @@ pub struct SequenceMemory {
     pub kv_bytes: usize,
     /// Slabs allocated for them.
     pub kv_allocated_bytes: usize,
-    /// What the policy keeps beside them: summaries, codes, tree.
+    /// What the policy keeps beside them: summaries, codes, tree. What forks share counts in equal parts for each.
     pub index_bytes: usize,
     /// Slots of the hot tier.
     pub hot_bytes: usize,

@@ -32,7 +32,7 @@ pub mod report;
 pub mod trace;
 
 pub use config::{Config, HotConfig};
-pub use engine::{DecodeStep, Engine, SequenceMemory};
+pub use engine::{DecodeStep, Engine, SavedSequence, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};
 pub use select::{Policy, SpecError};

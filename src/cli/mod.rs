@@ -1,6 +1,7 @@
 //! Command line: one file per command. Commands return `anyhow::Result`; only this file decides on exit codes and
 //! writes to stderr.
 
+mod kv;
 mod profile;
 mod replay;
 mod trace;
@@ -9,6 +10,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use floe::page::file::FileError;
 use floe::profile::{LogError, ProfileError};
 use floe::replay::ReplayError;
 use floe::trace::TraceError;
@@ -33,6 +35,9 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// How often would a hot tier of a given size hold what a step needs?
     Profile(profile::ProfileArgs),
+    /// Look at saved sequences.
+    #[command(subcommand)]
+    Kv(kv::KvCommand),
     /// Inspect, cut and synthesise trace files.
     #[command(subcommand)]
     Trace(trace::TraceCommand),
@@ -44,6 +49,7 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         Command::Replay(args) => replay::run(args),
         Command::Profile(args) => profile::run(args),
+        Command::Kv(command) => kv::run(command),
         Command::Trace(command) => trace::run(command),
     };
     match result {
@@ -67,6 +73,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         trace_error.is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<ProfileError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<LogError>().is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<FileError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<ReplayError>().is_some_and(|error| !error.is_environment())
     });
     if is_input { EXIT_INPUT } else { EXIT_ENVIRONMENT }

@@ -45,6 +45,18 @@ impl Selector for Full {
         Ok(SelectCost::default())
     }
 
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Box<dyn Selector> {
+        Box::new(Self)
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
     fn size_bytes(&self) -> usize {
         0
     }
@@ -76,6 +88,18 @@ impl Selector for Window {
         _out: floe_cuda::StateMut<'_>,
     ) -> Result<SelectCost> {
         Ok(SelectCost::default())
+    }
+
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Box<dyn Selector> {
+        Box::new(Self)
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
     }
 
     fn size_bytes(&self) -> usize {

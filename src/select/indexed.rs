@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use floe_index::{Batch, Dci, Flat, KeyIndex, Query, SearchParams, Tail, TailOut};
+use floe_index::{Batch, Dci, Flat, IndexError, KeyIndex, Query, SearchParams, Tail, TailOut};
 
 use super::{IndexOptions, SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::config::Config;
@@ -14,8 +14,9 @@ use crate::selection::Selection;
 
 /// One shard's index and how it is searched. Sinks are never given to the index: they are always attended, and as
 /// outliers they would spoil the clusters they fall into.
-pub(super) struct Indexed {
-    index: Box<dyn KeyIndex>,
+#[derive(Clone)]
+pub(super) struct Indexed<I> {
+    index: I,
     /// Search parameters of every step, the budget aside.
     params: SearchParams,
     /// Whether the ranking heeds the mass on sinks and window; the published page policies do not.
@@ -26,20 +27,46 @@ pub(super) struct Indexed {
     published: TokenPos,
 }
 
-impl Indexed {
+/// An index that can be copied and read back from its own snapshot.
+pub(super) trait OwnedIndex: KeyIndex + Clone + 'static {
+    fn restore(bytes: &[u8]) -> std::result::Result<Self, IndexError>;
+}
+
+impl OwnedIndex for Flat {
+    fn restore(bytes: &[u8]) -> std::result::Result<Self, IndexError> {
+        Self::restore(bytes)
+    }
+}
+
+impl OwnedIndex for Dci {
+    fn restore(bytes: &[u8]) -> std::result::Result<Self, IndexError> {
+        Self::restore(bytes)
+    }
+}
+
+impl Indexed<Flat> {
     /// Consecutive pages, scanned.
     pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
-        let index = Box::new(Flat::with_sketch(config.heads.head_dim(), options.sketch)?);
+        let index = Flat::with_sketch(config.heads.head_dim(), options.sketch)?;
         Ok(Self { heeds_attended: false, ..Self::over(index, config, options) })
     }
+}
 
+impl Indexed<Dci> {
     /// Pages of similar keys, in a tree.
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
-        let index = Box::new(Dci::with_sketch(config.heads.head_dim(), options.sketch)?);
+        let index = Dci::with_sketch(config.heads.head_dim(), options.sketch)?;
         Ok(Self::over(index, config, options))
     }
+}
 
-    fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {
+impl<I: OwnedIndex> Indexed<I> {
+    /// The same settings around the index that `bytes` hold.
+    pub(super) fn restored(self, bytes: &[u8], published: TokenPos) -> Result<Self> {
+        Ok(Self { index: I::restore(bytes)?, published, ..self })
+    }
+
+    fn over(index: I, config: &Config, options: &IndexOptions) -> Self {
         let exact = SearchParams::exact(0, options.unit, options.tail);
         let params = SearchParams { open_fraction: options.open, ..exact };
         Self { index, params, heeds_attended: true, sinks: config.sinks as TokenPos, published: 0 }
@@ -52,7 +79,7 @@ impl Indexed {
     }
 }
 
-impl Selector for Indexed {
+impl<I: OwnedIndex> Selector for Indexed<I> {
     fn publish(&mut self, pages: &ShardPages, tokens: Range<TokenPos>) -> Result<()> {
         let fresh = tokens.start.max(self.sinks)..tokens.end;
         if !fresh.is_empty() {
@@ -113,6 +140,18 @@ impl Selector for Indexed {
         let state = TailOut { out: out.out, lse: out.lse };
         self.index.tail(&query, &scratch.exclude, &scratch.found, &mut scratch.index, state)?;
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
+    }
+
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Box<dyn Selector> {
+        Box::new(self.clone())
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        Some(self.index.snapshot())
     }
 
     fn size_bytes(&self) -> usize {

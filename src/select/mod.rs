@@ -95,8 +95,34 @@ pub trait Selector: Send + Sync {
         out: floe_cuda::StateMut<'_>,
     ) -> Result<SelectCost>;
 
+    /// Whether `select` or `tail` read rows of `pages`, beyond those that `publish` saw.
+    fn reads_rows(&self) -> bool;
+
+    /// A copy that changes on its own from here on.
+    fn fork(&self) -> Box<dyn Selector>;
+
+    /// State as bytes for [`restore`]; `None` when it is built anew from the rows instead.
+    fn snapshot(&self) -> Option<Vec<u8>>;
+
     /// Bytes kept beside the exact keys and values.
     fn size_bytes(&self) -> usize;
+}
+
+/// The selector of one shard from its snapshot, which saw positions `0..published` under the same configuration.
+pub(crate) fn restore(config: &Config, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>> {
+    Ok(match config.policy.kind() {
+        PolicyKind::PageMean(options) => {
+            Box::new(indexed::Indexed::sequential(config, options)?.restored(bytes, published)?)
+        }
+        PolicyKind::Floe(options) => {
+            Box::new(indexed::Indexed::tree(config, options)?.restored(bytes, published)?)
+        }
+        PolicyKind::Full
+        | PolicyKind::Window
+        | PolicyKind::Quest
+        | PolicyKind::Oracle
+        | PolicyKind::Quantised(_) => selector(config)?,
+    })
 }
 
 /// Builds the selector of one shard.

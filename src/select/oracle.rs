@@ -85,6 +85,18 @@ impl Selector for Oracle {
         Ok(SelectCost::default())
     }
 
+    fn reads_rows(&self) -> bool {
+        true
+    }
+
+    fn fork(&self) -> Box<dyn Selector> {
+        Box::new(Self { isa: self.isa })
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
     fn size_bytes(&self) -> usize {
         0
     }

@@ -14,6 +14,7 @@ use crate::page::ShardPages;
 use crate::query::GroupQuery;
 use crate::selection::Selection;
 
+#[derive(Clone)]
 pub(super) struct Quantised<E> {
     isa: Isa,
     rows: QuantKv<E>,
@@ -63,6 +64,18 @@ impl<E: KvElem> Selector for Quantised<E> {
         let request = Attend { isa: self.isa, q: query.q, rows: &self.rows, params };
         attend(&request, between.start as usize..between.end as usize, &mut scratch.quant, out)?;
         Ok(SelectCost { bytes_read: self.rows.size_bytes() * between.len() / self.rows.num_rows().max(1) })
+    }
+
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Box<dyn Selector> {
+        Box::new(self.clone())
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
     }
 
     fn size_bytes(&self) -> usize {
