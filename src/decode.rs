@@ -205,6 +205,9 @@ fn decode_shard(
     if step.q_pre.is_some() && path != HeadPath::Reuse {
         shard.reuse.commit(&space.q_pre, position, &space.state);
     }
+    if config.cold.is_some() {
+        shard.touch(&space.table, position);
+    }
     report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
     watch.lap(Stage::Commit);
     report.stages = watch.times();

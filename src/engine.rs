@@ -1,8 +1,11 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
 mod persist;
+mod spill;
 
 use std::collections::HashMap;
+
+use spill::Patience;
 
 pub use persist::{SEQUENCE_KIND, SavedSequence};
 
@@ -13,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::ShardPages;
+use crate::page::cold::ColdTier;
 use crate::policy::PrefetchKind;
 use crate::prefill;
 use crate::sequence::Sequence;
@@ -77,6 +81,7 @@ pub struct Engine {
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
     clock: Box<dyn Clock>,
+    cold: Option<ColdTier<spill::SlabKey>>,
 }
 
 impl Engine {
@@ -91,8 +96,10 @@ impl Engine {
             .thread_name(|i| format!("floe-{i}"))
             .build()
             .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })?;
+        let cold = spill::open(&config)?;
         Ok(Self {
             config,
+            cold,
             sequences: HashMap::new(),
             next_seq: 0,
             pool,
@@ -140,7 +147,9 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        self.pool.install(|| prefill::append(shards, k, v))
+        self.pool.install(|| prefill::append(shards, k, v))?;
+        self.spill(Patience::Prefill);
+        Ok(())
     }
 
     /// Appends one token to one layer and attends with its queries; `out` receives `[num_q_heads, head_dim]` f32. Nothing
@@ -208,7 +217,9 @@ impl Engine {
                 PrefetchKind::NextLayer | PrefetchKind::Predicted => (step.layer.0 + 1) % num_layers,
             };
             prefetch_layer(&context, &mut layers[target])
-        })
+        })?;
+        self.spill(Patience::Step);
+        Ok(())
     }
 
     /// Builds the indexes of a prefilled sequence now, all shards in parallel, instead of during the first step.

@@ -31,7 +31,7 @@ pub mod replay;
 pub mod report;
 pub mod trace;
 
-pub use config::{Config, HotConfig};
+pub use config::{ColdConfig, Config, HotConfig};
 pub use engine::{DecodeStep, Engine, SavedSequence, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::config::Config;
 use crate::error::Result;
 use crate::hot::HotShard;
-use crate::page::ShardPages;
+use crate::page::{PageTable, ShardPages};
 use crate::reuse::{Off, ReuseCache};
 use crate::select::{Selector, selector};
 use crate::shape::PageShape;
@@ -20,6 +20,8 @@ pub(crate) struct Shard {
     pub(crate) hot: Option<HotShard>,
     /// Tokens `0..published` are known to the selector; the rest are young and always attended.
     pub(crate) published: usize,
+    /// Position of the last step that touched each slab.
+    pub(crate) slab_used: Vec<u64>,
     /// Tokens that a selector to be built anew learns at once, as the one before it had; 0 = all there are.
     pub(crate) first_batch: usize,
 }
@@ -33,6 +35,7 @@ impl Shard {
             hot: HotShard::new(config),
             published: 0,
             first_batch: 0,
+            slab_used: Vec::new(),
         })
     }
 
@@ -44,6 +47,14 @@ impl Shard {
         Arc::get_mut(&mut self.selector).expect("a copy just made, or found to have one owner")
     }
 
+    /// Notes which slabs a step touched, for the choice of what goes to disk.
+    pub(crate) fn touch(&mut self, table: &PageTable, position: u32) {
+        self.slab_used.resize(self.pages.num_slabs(), 0);
+        for entry in table.entries() {
+            self.slab_used[ShardPages::slab_of_page(entry.page)] = u64::from(position);
+        }
+    }
+
     /// A shard with the same contents. Earlier states and slots are not taken along: they are caches.
     fn fork(&self, config: &Config) -> Self {
         Self {
@@ -53,6 +64,7 @@ impl Shard {
             hot: HotShard::new(config),
             published: self.published,
             first_batch: self.first_batch,
+            slab_used: self.slab_used.clone(),
         }
     }
 

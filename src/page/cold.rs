@@ -200,7 +200,10 @@ fn write<K>(storage: &dyn Storage, job: &Job<K>) -> Result<Vec<Arc<MappedSlab>>,
 ///
 /// # Errors
 /// When the folder cannot be read, or a whole file holds a damaged page.
-pub fn recover(storage: &dyn Storage, folder: &Path) -> Result<BTreeMap<(u32, u32), Arc<MappedSlab>>, FileError> {
+pub fn recover(
+    storage: &dyn Storage,
+    folder: &Path,
+) -> Result<BTreeMap<(u32, u32), Arc<MappedSlab>>, FileError> {
     let io = |source| FileError::Io { path: folder.to_path_buf(), action: "list", source };
     let mut newest: BTreeMap<(u32, u32), (u64, Arc<MappedSlab>)> = BTreeMap::new();
     for entry in std::fs::read_dir(folder).map_err(io)? {

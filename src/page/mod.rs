@@ -1,5 +1,6 @@
 //! Pages: where the keys and values of one shard lie, and which of them a step touches.
 
+pub mod cold;
 pub mod file;
 mod hot;
 mod life;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use floe_cuda::{KvElem, KvRows, append_kv};
 use half::{bf16, f16};
 
+use super::cold::SlabBytes;
 use super::file::Damage;
 use super::{LentSlab, Slab};
 use crate::error::Result;
@@ -166,6 +167,35 @@ impl ShardPages {
     pub(crate) fn slab_bytes(&self, slab: usize) -> (u32, &[u8]) {
         let rows = SLAB_ROWS.min(self.num_tokens() - slab * SLAB_ROWS) as u32;
         (rows, with_rows!(self, rows => bytemuck::cast_slice(rows.slabs[slab].elems())))
+    }
+
+    /// Slab that holds a page.
+    pub(crate) const fn slab_of_page(page: u32) -> usize {
+        page as usize / SLAB_PAGES
+    }
+
+    /// Whether a slab is full and in memory of our own.
+    pub(crate) fn can_spill(&self, slab: usize) -> bool {
+        (slab + 1) * SLAB_ROWS <= self.num_tokens()
+            && with_rows!(self, rows => matches!(rows.slabs[slab], Slab::Own(_)))
+    }
+
+    /// Rows of a slab of our own and a handle that keeps its bytes alive and unchanged.
+    pub(crate) fn slab_owner(&self, slab: usize) -> Option<(u32, Box<dyn SlabBytes>)> {
+        with_rows!(self, rows => match &rows.slabs[slab] {
+            Slab::Own(own) => Some((SLAB_ROWS as u32, Box::new(own.clone()))),
+            Slab::Lent(_) => None,
+        })
+    }
+
+    /// Puts a lent slab in place of our own, if that is still the one that `written` keeps alive.
+    pub(crate) fn replace(&mut self, slab: usize, written: &dyn SlabBytes, lent: Arc<dyn LentSlab>) {
+        with_rows!(self, rows => if let Some(own @ Slab::Own(_)) = rows.slabs.get_mut(slab) {
+            let bytes: &[u8] = bytemuck::cast_slice(own.elems());
+            if std::ptr::eq(bytes, written.bytes()) {
+                *own = Slab::Lent(lent);
+            }
+        });
     }
 
     /// Rows in memory that others own, slab after slab with the rows filled in each; `None` when a size does not fit.
