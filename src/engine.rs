@@ -1,6 +1,7 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
 mod persist;
+mod prefill_attend;
 mod spill;
 
 use std::collections::HashMap;
@@ -8,6 +9,7 @@ use std::collections::HashMap;
 use spill::Patience;
 
 pub use persist::{SEQUENCE_KIND, SavedSequence};
+pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
@@ -19,6 +21,7 @@ use crate::page::ShardPages;
 use crate::page::cold::ColdTier;
 use crate::policy::PrefetchKind;
 use crate::prefill;
+use crate::select::Policy;
 use crate::sequence::Sequence;
 use crate::sim::{Clock, SystemClock};
 use crate::step::StepReport;
@@ -77,7 +80,8 @@ pub struct Engine {
     config: Config,
     sequences: HashMap<SeqId, Sequence>,
     next_seq: u64,
-    pool: rayon::ThreadPool,
+    /// Own threads; `None` = those of the caller.
+    pool: Option<rayon::ThreadPool>,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
     clock: Box<dyn Clock>,
@@ -91,11 +95,14 @@ impl Engine {
     /// [`Error::Config`] naming the field; [`Error::Pool`] when the threads cannot be started.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(config.threads)
-            .thread_name(|i| format!("floe-{i}"))
-            .build()
-            .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })?;
+        let own_threads = || {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(config.threads)
+                .thread_name(|i| format!("floe-{i}"))
+                .build()
+                .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })
+        };
+        let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
         let cold = spill::open(&config)?;
         Ok(Self {
             config,
@@ -147,7 +154,7 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        self.pool.install(|| prefill::append(shards, k, v))?;
+        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))?;
         self.spill(Patience::Prefill);
         Ok(())
     }
@@ -206,7 +213,7 @@ impl Engine {
         };
         let stored = layer.num_tokens;
         let layers = &mut sequence.layers;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             let layer = &mut layers[step.layer.0];
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
@@ -229,10 +236,11 @@ impl Engine {
     pub fn publish(&mut self, seq: SeqId) -> Result<()> {
         use rayon::prelude::*;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             sequence
                 .layers
                 .par_iter_mut()
+                .filter(|l| l.span.is_none())
                 .flat_map(|l| l.shards.par_iter_mut())
                 .try_for_each(prefill::publish)
         })
@@ -314,6 +322,21 @@ impl Engine {
         Ok(sequence.layers.iter_mut().flat_map(|l| &mut l.shards).map(|shard| &mut shard.hot))
     }
 
+    /// Changes how tokens are selected from now on. Every sequence keeps its keys and values; selectors start anew and
+    /// learn all stored tokens with the next step, or with [`Engine::publish`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the budget cannot hold sinks and window; the engine is then unchanged.
+    pub fn set_policy(&mut self, policy: Policy, budget: usize) -> Result<()> {
+        let config = Config { policy, budget, ..self.config.clone() };
+        config.validate()?;
+        for layer in self.sequences.values_mut().flat_map(|sequence| &mut sequence.layers) {
+            layer.shards.iter_mut().try_for_each(|shard| shard.reselect(&config))?;
+        }
+        self.config = config;
+        Ok(())
+    }
+
     /// Frees a sequence. Its id is never given out again.
     ///
     /// # Errors
@@ -369,6 +392,14 @@ pub struct SequenceMemory {
     pub hot_bytes: usize,
     /// Pins of the hot tier that were not handed back; between steps anything but 0 is a leak.
     pub hot_pins_out: usize,
+}
+
+/// Runs `work` on the engine's own threads, or on those that the caller is on.
+fn on_threads<R: Send>(pool: Option<&rayon::ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
+    match pool {
+        Some(pool) => pool.install(work),
+        None => work(),
+    }
 }
 
 fn check_rows(

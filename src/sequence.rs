@@ -40,11 +40,11 @@ impl Shard {
     }
 
     /// The selector for a change: a copy first, when forks see it too.
-    pub(crate) fn selector_mut(&mut self) -> &mut dyn Selector {
+    pub(crate) fn selector_mut(&mut self) -> Result<&mut dyn Selector> {
         if Arc::get_mut(&mut self.selector).is_none() {
-            self.selector = self.selector.fork().into();
+            self.selector = self.selector.fork()?.into();
         }
-        Arc::get_mut(&mut self.selector).expect("a copy just made, or found to have one owner")
+        Ok(Arc::get_mut(&mut self.selector).expect("a copy just made, or found to have one owner"))
     }
 
     /// Notes which slabs a step touched, for the choice of what goes to disk.
@@ -68,10 +68,19 @@ impl Shard {
         }
     }
 
+    /// Replaces the selector by a fresh one for `config`, which has heard of no token yet.
+    pub(crate) fn reselect(&mut self, config: &Config) -> Result<()> {
+        self.selector = selector(config)?.into();
+        self.reuse.truncate(0);
+        self.published = 0;
+        self.first_batch = 0;
+        Ok(())
+    }
+
     /// Forgets the tokens at and after `num_tokens` in every part.
     pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
         if num_tokens < self.published {
-            self.selector_mut().truncate(num_tokens as u32)?;
+            self.selector_mut()?.truncate(num_tokens as u32)?;
         }
         self.reuse.truncate(num_tokens as u32);
         if let Some(hot) = &mut self.hot {
@@ -87,6 +96,8 @@ impl Shard {
 pub(crate) struct LayerShards {
     pub(crate) shards: Vec<Shard>,
     pub(crate) num_tokens: usize,
+    /// Tokens that the layer attends at most (sliding-window layers).
+    pub(crate) span: Option<usize>,
 }
 
 impl LayerShards {
@@ -109,16 +120,17 @@ impl Sequence {
         let layer = |layer: &LayerShards| LayerShards {
             shards: layer.shards.iter().map(|shard| shard.fork(config)).collect(),
             num_tokens: layer.num_tokens,
+            span: layer.span,
         };
         Self { layers: self.layers.iter().map(layer).collect() }
     }
 
     pub(crate) fn new(config: &Config) -> Result<Self> {
-        let layer = || -> Result<LayerShards> {
+        let layer = |layer: usize| -> Result<LayerShards> {
             let shards =
                 (0..config.heads.num_kv_heads()).map(|_| Shard::new(config)).collect::<Result<_>>()?;
-            Ok(LayerShards { shards, num_tokens: 0 })
+            Ok(LayerShards { shards, num_tokens: 0, span: config.spans.get(layer).copied().flatten() })
         };
-        Ok(Self { layers: (0..config.num_layers).map(|_| layer()).collect::<Result<_>>()? })
+        Ok(Self { layers: (0..config.num_layers).map(layer).collect::<Result<_>>()? })
     }
 }

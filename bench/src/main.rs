@@ -1,6 +1,7 @@
 //! The `floe-bench` command: measurements of floe. Every case verifies its answer before it is timed.
 
 mod attend;
+mod index;
 mod machine;
 mod stats;
 
@@ -18,10 +19,13 @@ struct Cli {
 enum Command {
     /// Exact attention of one group of query heads over a long context, against the memory bandwidth.
     Attend(attend::Args),
+    /// Build, insertion and search of every index kind over growing numbers of tokens, with kept mass and recall.
+    Index(index::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Attend(args) => attend::run(&args),
+        Command::Index(args) => index::run(&args),
     }
 }

@@ -73,7 +73,7 @@ fn main() {
     for n in sizes {
         let (k, v, q) = synthetic(n, 1);
         let ids: Vec<u32> = (0..n as u32).collect();
-        let mut dci = Dci::new(DIM).unwrap();
+        let mut dci = Dci::with_sketch(DIM, option("sketch", "off").parse().unwrap()).unwrap();
         let build = pool.install(|| {
             let start = cpu_us();
             dci.build(&Batch { ids: &ids, keys: &k, values: &v }).unwrap();
@@ -105,7 +105,7 @@ fn main() {
         for (name, index, open_fraction) in runs {
             let params = SearchParams {
                 budget: 176,
-                unit: Unit::Page,
+                unit: if option("unit", "page") == "page" { Unit::Page } else { Unit::Token },
                 tail: Tail::Tree,
                 node_budget: usize::MAX,
                 open_fraction,

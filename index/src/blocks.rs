@@ -9,6 +9,7 @@ use crate::grow::grow_by;
 use crate::index::MAX_DIM;
 use crate::quant::{QUAD, ZERO, quads_of, quantise};
 use crate::simd::Isa;
+use crate::simd::prefetch::prefetch;
 use crate::snapshot::{Reader, Writer};
 
 /// Entries in a block.
@@ -75,6 +76,15 @@ impl Blocks {
     /// Range of a block's entries in the arrays by entry.
     pub fn entries(block: usize) -> std::ops::Range<usize> {
         block * LANES..(block + 1) * LANES
+    }
+
+    /// Starts loading what scoring a block reads.
+    pub fn prefetch_keys(&self, block: usize) {
+        prefetch(self.block_keys(block));
+        let entries = Self::entries(block);
+        prefetch(&self.key_scale[entries.clone()]);
+        prefetch(&self.spread[entries.clone()]);
+        prefetch(&self.count[entries]);
     }
 
     /// Value codes `[16, dim]` of a block.

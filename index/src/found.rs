@@ -1,7 +1,9 @@
 //! The answer of a search: the selected tokens and what stands for all others.
 
 use crate::blocks::LANES;
-use crate::index::Hit;
+use crate::check;
+use crate::error::IndexError;
+use crate::index::{Hit, Query, TailOut};
 use crate::simd::dense;
 
 /// Level of a part whose entries are young tokens.
@@ -47,6 +49,33 @@ impl Found {
     }
 }
 
+impl Found {
+    /// Starts the answer of an index that stands for nothing but what it selects.
+    pub(crate) fn begin_without_tail(&mut self, group: usize, stamp: u64) {
+        self.clear();
+        self.frontier.group = group;
+        self.frontier.stamp = stamp;
+        self.frontier.answers = false;
+    }
+
+    /// The tail of such an index: the empty state, after the checks that every tail makes.
+    pub(crate) fn empty_tail(
+        &self,
+        query: &Query<'_>,
+        (dim, stamp): (usize, u64),
+        state: TailOut<'_>,
+    ) -> Result<(), IndexError> {
+        check::query(query, dim)?;
+        check::tail_out(state.out, state.lse, query.group, dim)?;
+        if self.frontier.stamp != stamp || self.frontier.group != query.group {
+            return Err(IndexError::StaleFound);
+        }
+        state.out.fill(0.0);
+        state.lse.fill(f32::NEG_INFINITY);
+        Ok(())
+    }
+}
+
 /// The same for a page that is not up for selection.
 pub(crate) const SILENT_TOKENS: u8 = u8::MAX - 3;
 
@@ -69,8 +98,8 @@ pub(crate) struct Frontier {
     pub logits: Vec<f32>,
     /// `[parts, 16]` tokens of the entry that the tail must answer for.
     pub rest: Vec<f32>,
-    /// `[parts, 16]` lanes of a page that are neither selected nor excluded.
-    pub lanes: Vec<u16>,
+    /// `[parts, 16]` lanes of a page that are selected or excluded.
+    pub taken: Vec<u16>,
     /// Rows that `logits` and `rest` are about, in an index of single tokens.
     pub rows: Vec<u32>,
     pub group: usize,
@@ -85,7 +114,7 @@ impl Frontier {
         self.parts.clear();
         self.logits.clear();
         self.rest.clear();
-        self.lanes.clear();
+        self.taken.clear();
         self.rows.clear();
     }
 
@@ -95,7 +124,7 @@ impl Frontier {
         self.parts.push(part);
         self.logits.resize((at + 1) * self.group * LANES, 0.0);
         self.rest.resize((at + 1) * LANES, 0.0);
-        self.lanes.resize((at + 1) * LANES, 0);
+        self.taken.resize((at + 1) * LANES, 0);
         at
     }
 

@@ -10,6 +10,7 @@ use crate::pages::Pages;
 use crate::scratch::{Hidden, Scratch};
 use crate::simd::Isa;
 use crate::simd::dense::{self, Scales};
+use crate::simd::prefetch::prefetch;
 use crate::simd::vectorise::dot;
 use crate::topk::Ranked;
 
@@ -44,6 +45,9 @@ fn code_error(bits: usize) -> f32 {
         _ => 0.411,
     }
 }
+
+/// Blocks between asking for one and using it: scoring takes about 50 ns, memory about 100.
+const AHEAD: usize = 3;
 
 /// One search under way.
 pub(crate) struct Pass<'a> {
@@ -98,7 +102,6 @@ impl Pass<'_> {
         for e in Blocks::entries(block) {
             let there = e < num && self.scratch.hidden_young.binary_search(&(e as u32)).is_err();
             frontier.rest[at * LANES + e % LANES] = f32::from(u8::from(there));
-            frontier.lanes[at * LANES + e % LANES] = u16::from(there);
         }
     }
 
@@ -106,6 +109,16 @@ impl Pass<'_> {
     pub fn add_all_young(&mut self) {
         for block in 0..self.pages.num_young.div_ceil(LANES) {
             self.add_young(block);
+        }
+    }
+
+    /// Scores the pages of scattered blocks, which are up for selection.
+    pub fn add_opened(&mut self, opened: &[u32]) {
+        for (i, &block) in opened.iter().enumerate() {
+            if let Some(&ahead) = opened.get(i + AHEAD) {
+                self.pages.blocks.prefetch_keys(ahead as usize);
+            }
+            self.add_pages(block as usize);
         }
     }
 
@@ -124,17 +137,12 @@ impl Pass<'_> {
         let at = self.add(&self.pages.blocks, Part { level, block: block as u32 });
         let blocks = &self.pages.blocks;
         let frontier = &mut self.found.frontier;
-        for e in Blocks::entries(block) {
-            if blocks.count[e] > 0 {
-                frontier.rest[at * LANES + e % LANES] = blocks.count[e] as f32;
-                frontier.lanes[at * LANES + e % LANES] = self.pages.live[blocks.child[e] as usize];
-            }
-        }
+        fill_rest(&mut frontier.rest[at * LANES..], blocks, block);
         let from = self.scratch.hidden.partition_point(|h| (h.entry as usize) < block * LANES);
         for h in self.scratch.hidden[from..].iter().take_while(|h| h.entry as usize / LANES == block) {
             let place = at * LANES + h.entry as usize % LANES;
-            frontier.lanes[place] &= !h.lanes;
-            frontier.rest[place] = frontier.lanes[place].count_ones() as f32;
+            frontier.taken[place] = h.lanes;
+            frontier.rest[place] -= h.lanes.count_ones() as f32;
         }
     }
 
@@ -142,9 +150,7 @@ impl Pass<'_> {
     pub fn add_nodes(&mut self, nodes: &Blocks, level: u8, block: usize) -> usize {
         let at = self.add(nodes, Part { level, block: block as u32 });
         let frontier = &mut self.found.frontier;
-        for e in Blocks::entries(block) {
-            frontier.rest[at * LANES + e % LANES] = nodes.count[e] as f32;
-        }
+        fill_rest(&mut frontier.rest[at * LANES..], nodes, block);
         let hidden = &self.scratch.hidden_above[usize::from(level) - 1];
         let from = hidden.partition_point(|h| (h.0 as usize) < block * LANES);
         for &(e, num) in hidden[from..].iter().take_while(|h| h.0 as usize / LANES == block) {
@@ -224,15 +230,14 @@ impl Pass<'_> {
                 let lane = lanes.trailing_zeros() as usize;
                 lanes &= lanes - 1;
                 let home = part * LANES + lane;
-                pages.push(self.pages.blocks.child[block as usize * LANES + lane]);
+                let page = self.pages.blocks.child[block as usize * LANES + lane];
+                pages.push(page);
                 let level = if level == SILENT { SILENT_TOKENS } else { TOKENS };
                 let at = frontier.push(Part { level, block: home as u32 });
-                let left = std::mem::take(&mut frontier.lanes[home]);
+                let left = self.pages.live[page as usize] & !frontier.taken[home];
                 frontier.rest[home] = 0.0;
-                for token in 0..LANES {
-                    let there = left >> token & 1;
-                    frontier.lanes[at * LANES + token] = there;
-                    frontier.rest[at * LANES + token] = f32::from(there);
+                for (token, rest) in frontier.rest[at * LANES..].iter_mut().enumerate() {
+                    *rest = f32::from(left >> token & 1);
                 }
             }
         }
@@ -292,26 +297,36 @@ impl Pass<'_> {
         for item in top.finish() {
             let place = item.place();
             let (part, lane) = (frontier.parts[place / LANES], place % LANES);
-            // First id of what the entry stands for.
-            let ids = match part.level {
-                YOUNG => &self.pages.young.child[part.block as usize * LANES + lane..],
+            // Lanes that the entry still offers, and the ids that go with them.
+            let (mut left, ids) = match part.level {
+                YOUNG => (1, &self.pages.young.child[part.block as usize * LANES + lane..]),
                 TOKENS => {
                     let home = part.block as usize;
                     let entry = frontier.parts[home / LANES].block as usize * LANES + home % LANES;
-                    &self.pages.ids[self.pages.blocks.child[entry] as usize * LANES + lane..]
+                    (1, &self.pages.ids[self.pages.blocks.child[entry] as usize * LANES + lane..])
                 }
                 _ => {
-                    let entry = part.block as usize * LANES + lane;
-                    &self.pages.ids[self.pages.blocks.child[entry] as usize * LANES..]
+                    let page = self.pages.blocks.child[part.block as usize * LANES + lane] as usize;
+                    let left = self.pages.live[page] & !frontier.taken[place];
+                    (left, &self.pages.ids[page * LANES..])
                 }
             };
-            while frontier.lanes[place] != 0 && self.found.tokens.len() < params.budget {
-                let token = frontier.lanes[place].trailing_zeros() as usize;
+            while left != 0 && self.found.tokens.len() < params.budget {
+                let token = left.trailing_zeros() as usize;
+                left &= left - 1;
                 self.found.tokens.push(Hit { id: ids[token], score: item.score() });
-                frontier.lanes[place] &= frontier.lanes[place] - 1;
+                frontier.taken[place] |= 1 << token;
                 frontier.rest[place] -= 1.0;
             }
         }
+    }
+}
+
+/// Tokens below the entries of a block.
+fn fill_rest(rest: &mut [f32], blocks: &Blocks, block: usize) {
+    for (rest, &count) in rest.iter_mut().zip(&blocks.count[Blocks::entries(block)]) {
+        // Counts stay below 2^31, and signed conversion is one instruction.
+        *rest = count as i32 as f32;
     }
 }
 
@@ -381,8 +396,8 @@ pub(crate) fn tail(
     let size = group * LANES;
     let Scratch { norm, weights, carried, .. } = scratch;
     carried.clear();
-    carried.resize(first * size, 0.0);
     if first < frontier.parts.len() {
+        carried.resize(first * size, 0.0);
         weights.resize((frontier.parts.len() - first) * size, 0.0);
         for (at, weights) in (first..).zip(weights.chunks_exact_mut(size)) {
             dense::weigh(isa, frontier.part(at), norm, weights);
@@ -398,23 +413,27 @@ pub(crate) fn tail(
     add_residuals(pages, (frontier, first), scratch, state.out);
     let Scratch { norm, weights, carried, .. } = scratch;
     weights.resize(size, 0.0);
-    for (at, carried) in carried.chunks_exact(size).enumerate() {
+    let blocks_of = |part: &Part| match part.level {
+        YOUNG => &pages.young,
+        0 | SILENT => &pages.blocks,
+        level => &levels[usize::from(level) - 1],
+    };
+    for at in 0..first {
+        if let Some(ahead) = frontier.parts[..first].get(at + AHEAD) {
+            prefetch(blocks_of(ahead).block_values(ahead.block as usize));
+        }
         let weights = &mut weights[..size];
         let mut largest = dense::weigh(isa, frontier.part(at), norm, weights);
-        for (w, &c) in weights.iter_mut().zip(carried) {
+        // Empty without a sketch.
+        for (w, &c) in weights.iter_mut().zip(carried.iter().skip(at * size)) {
             *w += c;
             largest = largest.max(*w);
         }
         if largest < WEIGHT_MIN {
             continue;
         }
-        let part = frontier.parts[at];
-        let blocks = match part.level {
-            YOUNG => &pages.young,
-            0 | SILENT => &pages.blocks,
-            level => &levels[usize::from(level) - 1],
-        };
-        let block = part.block as usize;
+        let blocks = blocks_of(&frontier.parts[at]);
+        let block = frontier.parts[at].block as usize;
         let scales = &blocks.value_scale[Blocks::entries(block)];
         for w in weights.chunks_exact_mut(LANES) {
             for (w, &s) in w.iter_mut().zip(scales) {

@@ -1,6 +1,8 @@
 //! Command line: one file per command. Commands return `anyhow::Result`; only this file decides on exit codes and
 //! writes to stderr.
 
+#[cfg(feature = "candle")]
+mod generate;
 mod kv;
 mod profile;
 mod replay;
@@ -31,6 +33,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Answer a prompt with a GGUF model whose attention runs through floe.
+    #[cfg(feature = "candle")]
+    Generate(generate::GenerateArgs),
     /// Compare policies with full attention on recorded traces.
     Replay(replay::ReplayArgs),
     /// How often would a hot tier of a given size hold what a step needs?
@@ -47,6 +52,8 @@ enum Command {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        #[cfg(feature = "candle")]
+        Command::Generate(args) => generate::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Profile(args) => profile::run(args),
         Command::Kv(command) => kv::run(command),
@@ -75,8 +82,19 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             || cause.downcast_ref::<LogError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<FileError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<ReplayError>().is_some_and(|error| !error.is_environment())
+            || is_host_input(cause)
     });
     if is_input { EXIT_INPUT } else { EXIT_ENVIRONMENT }
+}
+
+#[cfg(feature = "candle")]
+fn is_host_input(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.downcast_ref::<floe::host::HostError>().is_some_and(|error| !error.is_environment())
+}
+
+#[cfg(not(feature = "candle"))]
+fn is_host_input(_cause: &(dyn std::error::Error + 'static)) -> bool {
+    false
 }
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {

@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::ids::SeqId;
 use crate::page::file::{FileError, FsStorage, PageFile, PageFileWriter, SlabName, Storage};
 use crate::page::{LentSlab, ShardPages};
-use crate::select;
 use crate::sequence::Sequence;
 
 /// Value of the `kind` field of a saved sequence.
@@ -193,7 +192,7 @@ impl Engine {
             let has_index = file.manifest().blobs.iter().any(|blob| blob.name == name);
             if has_index && saved.same_index(&self.config) {
                 let index = file.blob(&name)?;
-                parts.selector = select::restore(&self.config, index, published as u32)?.into();
+                parts.selector = parts.selector.restored(index, published as u32)?.into();
                 parts.published = published;
             }
         }

@@ -49,12 +49,16 @@ impl Selector for Full {
         false
     }
 
-    fn fork(&self) -> Box<dyn Selector> {
-        Box::new(Self)
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(Self))
     }
 
     fn snapshot(&self) -> Option<Vec<u8>> {
         None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
     }
 
     fn size_bytes(&self) -> usize {
@@ -94,12 +98,16 @@ impl Selector for Window {
         false
     }
 
-    fn fork(&self) -> Box<dyn Selector> {
-        Box::new(Self)
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(Self))
     }
 
     fn snapshot(&self) -> Option<Vec<u8>> {
         None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

@@ -11,6 +11,7 @@ mod spec;
 
 use std::ops::Range;
 
+use floe_index::{Hnsw, HnswConfig, Icecache};
 use half::{bf16, f16};
 
 pub(crate) use oracle::Oracle;
@@ -99,30 +100,22 @@ pub trait Selector: Send + Sync {
     fn reads_rows(&self) -> bool;
 
     /// A copy that changes on its own from here on.
-    fn fork(&self) -> Box<dyn Selector>;
+    ///
+    /// # Errors
+    /// When the index cannot be copied.
+    fn fork(&self) -> Result<Box<dyn Selector>>;
 
-    /// State as bytes for [`restore`]; `None` when it is built anew from the rows instead.
+    /// State as bytes for [`Self::restored`]; `None` when it is built anew from the rows instead.
     fn snapshot(&self) -> Option<Vec<u8>>;
+
+    /// A selector with the settings of this one and the state that `bytes` hold, which saw positions `0..published`.
+    ///
+    /// # Errors
+    /// When the bytes are no snapshot of such a selector.
+    fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>>;
 
     /// Bytes kept beside the exact keys and values.
     fn size_bytes(&self) -> usize;
-}
-
-/// The selector of one shard from its snapshot, which saw positions `0..published` under the same configuration.
-pub(crate) fn restore(config: &Config, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>> {
-    Ok(match config.policy.kind() {
-        PolicyKind::PageMean(options) => {
-            Box::new(indexed::Indexed::sequential(config, options)?.restored(bytes, published)?)
-        }
-        PolicyKind::Floe(options) => {
-            Box::new(indexed::Indexed::tree(config, options)?.restored(bytes, published)?)
-        }
-        PolicyKind::Full
-        | PolicyKind::Window
-        | PolicyKind::Quest
-        | PolicyKind::Oracle
-        | PolicyKind::Quantised(_) => selector(config)?,
-    })
 }
 
 /// Builds the selector of one shard.
@@ -139,6 +132,14 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
                 KvDtype::F16 => Box::new(quantised::Quantised::<f16>::new(*kind, head_dim)?),
                 KvDtype::F32 => Box::new(quantised::Quantised::<f32>::new(*kind, head_dim)?),
             }
+        }
+        PolicyKind::Icecache => {
+            let index = Icecache::new(config.heads.head_dim(), config.seed)?;
+            Box::new(indexed::Indexed::baseline(index, config))
+        }
+        PolicyKind::Hnsw => {
+            let index = Hnsw::new(config.heads.head_dim(), HnswConfig::default())?;
+            Box::new(indexed::Indexed::baseline(index, config))
         }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
         PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),

@@ -89,12 +89,16 @@ impl Selector for Oracle {
         true
     }
 
-    fn fork(&self) -> Box<dyn Selector> {
-        Box::new(Self { isa: self.isa })
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(Self { isa: self.isa }))
     }
 
     fn snapshot(&self) -> Option<Vec<u8>> {
         None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

@@ -114,12 +114,16 @@ impl Selector for Quest {
         false
     }
 
-    fn fork(&self) -> Box<dyn Selector> {
-        Box::new(self.clone())
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(self.clone()))
     }
 
     fn snapshot(&self) -> Option<Vec<u8>> {
         None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

@@ -83,9 +83,7 @@ impl Dci {
                 }
             }
         } else {
-            for &block in &opened {
-                pass.add_pages(block as usize);
-            }
+            pass.add_opened(&opened);
         }
         pass.add_all_young();
         pass.scratch.opened = opened;
