@@ -1,5 +1,7 @@
 //! What the user asks for, and its validation.
 
+use std::path::PathBuf;
+
 use crate::error::{Error, Result};
 use crate::page::Unit;
 use crate::policy::{EvictionKind, PrefetchKind};
@@ -21,6 +23,15 @@ pub struct HotConfig {
     pub eviction: EvictionKind,
     /// What is brought in before it is asked for.
     pub prefetch: PrefetchKind,
+}
+
+/// Cold tier: where keys and values go that memory has no room for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ColdConfig {
+    /// Folder of the cold files; must exist. They are removed when the engine is dropped.
+    pub folder: PathBuf,
+    /// Bytes of warm keys and values, all sequences together, above which full slabs are written out.
+    pub warm_limit_bytes: usize,
 }
 
 /// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before
@@ -45,6 +56,8 @@ pub struct Config {
     pub dense_layers: usize,
     /// Hot tier of every kv head.
     pub hot: HotConfig,
+    /// Cold tier; `None` = everything stays in memory.
+    pub cold: Option<ColdConfig>,
     /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
     /// is attended exactly over its span, whatever the policy. Empty = no layer is limited, else `[num_layers]`.
     pub spans: Vec<Option<usize>>,
@@ -69,6 +82,7 @@ impl Config {
             window: 64,
             dense_layers: 0,
             hot: HotConfig::default(),
+            cold: None,
             spans: Vec::new(),
             threads: 0,
             seed: 0,

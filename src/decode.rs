@@ -175,6 +175,9 @@ fn decode_shard(
     watch.lap(Stage::Fetch);
 
     // 7 attend
+    if path != HeadPath::Sparse {
+        shard.pages.verify(selection.window.clone())?;
+    }
     let tokens = match path {
         HeadPath::Sparse => match hot.as_ref().map(|hot| hot.view()) {
             Some((table, memory)) => Tokens::Hot(HotTokens { tokens: &selection.retrieved, table, memory }),
@@ -211,6 +214,9 @@ fn decode_shard(
     if step.q_pre.is_some() && !matches!(path, HeadPath::Reuse | HeadPath::ExactSpan) {
         shard.reuse.commit(&space.q_pre, position, &space.state);
     }
+    if config.cold.is_some() {
+        shard.touch(&space.table, position);
+    }
     report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
     watch.lap(Stage::Commit);
     report.stages = watch.times();
@@ -231,11 +237,18 @@ fn select_sparse(
     let window = num_tokens.saturating_sub(config.window as u32).min(shard.published as u32);
     selection.reset(num_tokens, config.sinks as u32, window);
     let budget = config.budget.saturating_sub(selection.num_tokens());
+    shard.pages.verify(selection.sinks.clone())?;
+    shard.pages.verify(selection.window.clone())?;
+    if shard.selector.reads_rows() {
+        shard.pages.verify(selection.candidates())?;
+    }
     for fixed in [&selection.sinks, &selection.window] {
         step.backend.attend(query, &shard.pages, Tokens::Range(fixed.clone()), attend, state)?;
     }
     let request = SelectRequest { query: *query, pages: &shard.pages, budget, attended_lse: &state.lse };
-    shard.selector.select(&request, select, selection)
+    let cost = shard.selector.select(&request, select, selection)?;
+    shard.pages.verify_tokens(&selection.retrieved)?;
+    Ok(cost)
 }
 
 /// Brings in what the shards of a layer may ask for next. The queries of `step` are those of the layer before.

@@ -1,9 +1,14 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
+mod persist;
 mod prefill_attend;
+mod spill;
 
 use std::collections::HashMap;
 
+use spill::Patience;
+
+pub use persist::{SEQUENCE_KIND, SavedSequence};
 pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
@@ -13,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::ShardPages;
+use crate::page::cold::ColdTier;
 use crate::policy::PrefetchKind;
 use crate::prefill;
 use crate::select::Policy;
@@ -79,6 +85,7 @@ pub struct Engine {
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
     clock: Box<dyn Clock>,
+    cold: Option<ColdTier<spill::SlabKey>>,
 }
 
 impl Engine {
@@ -96,8 +103,10 @@ impl Engine {
                 .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })
         };
         let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
+        let cold = spill::open(&config)?;
         Ok(Self {
             config,
+            cold,
             sequences: HashMap::new(),
             next_seq: 0,
             pool,
@@ -145,7 +154,9 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))
+        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))?;
+        self.spill(Patience::Prefill);
+        Ok(())
     }
 
     /// Appends one token to one layer and attends with its queries; `out` receives `[num_q_heads, head_dim]` f32. Nothing
@@ -213,7 +224,9 @@ impl Engine {
                 PrefetchKind::NextLayer | PrefetchKind::Predicted => (step.layer.0 + 1) % num_layers,
             };
             prefetch_layer(&context, &mut layers[target])
-        })
+        })?;
+        self.spill(Patience::Step);
+        Ok(())
     }
 
     /// Builds the indexes of a prefilled sequence now, all shards in parallel, instead of during the first step.
@@ -357,7 +370,9 @@ impl Engine {
         Ok(SequenceMemory {
             kv_bytes: shards().map(|s| row_bytes(&s.pages)).sum(),
             kv_allocated_bytes: shards().map(|s| s.pages.size_bytes()).sum(),
-            index_bytes: shards().map(|s| s.selector.size_bytes()).sum(),
+            index_bytes: shards()
+                .map(|s| s.selector.size_bytes() / std::sync::Arc::strong_count(&s.selector))
+                .sum(),
             hot_bytes: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::size_bytes).sum(),
             hot_pins_out: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::pins_out).sum(),
         })
@@ -371,7 +386,7 @@ pub struct SequenceMemory {
     pub kv_bytes: usize,
     /// Slabs allocated for them.
     pub kv_allocated_bytes: usize,
-    /// What the policy keeps beside them: summaries, codes, tree.
+    /// What the policy keeps beside them: summaries, codes, tree. What forks share counts in equal parts for each.
     pub index_bytes: usize,
     /// Slots of the hot tier.
     pub hot_bytes: usize,

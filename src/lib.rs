@@ -33,8 +33,8 @@ pub mod replay;
 pub mod report;
 pub mod trace;
 
-pub use config::{Config, HotConfig};
-pub use engine::{DecodeStep, Engine, PrefillStep, SequenceMemory};
+pub use config::{ColdConfig, Config, HotConfig};
+pub use engine::{DecodeStep, Engine, PrefillStep, SavedSequence, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};
 pub use select::{Policy, SpecError};

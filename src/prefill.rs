@@ -1,5 +1,7 @@
 //! Ingest: append keys and values, attend causally with the prompt's queries, publish tokens to the selectors.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use crate::attend::{AttendScratch, AttentionBackend, CausalQueries};
@@ -20,12 +22,24 @@ pub(crate) fn append(layer: &mut LayerShards, k: &TensorView<'_>, v: &TensorView
 /// Publishes what a decode step may find: everything at first (the prefill, at once), later whole batches of a page.
 /// A token is complete in the warm tier before its selector hears of it (invariant 4).
 pub(crate) fn publish(shard: &mut Shard) -> Result<()> {
+    if shard.published == 0 && shard.first_batch > 0 {
+        publish_until(shard, shard.first_batch.min(shard.pages.num_tokens()))?;
+    }
     let num_tokens = shard.pages.num_tokens();
     let young = num_tokens - shard.published;
     let until =
         if shard.published == 0 { num_tokens } else { shard.published + young / PAGE_TOKENS * PAGE_TOKENS };
+    publish_until(shard, until)
+}
+
+fn publish_until(shard: &mut Shard, until: usize) -> Result<()> {
     if until > shard.published {
-        shard.selector.publish(&shard.pages, shard.published as u32..until as u32)?;
+        let fresh = shard.published as u32..until as u32;
+        shard.pages.verify(fresh.clone())?;
+        shard.selector_mut()?;
+        let Shard { selector, pages, .. } = shard;
+        let selector = Arc::get_mut(selector).expect("made the only owner above");
+        selector.publish(pages, fresh)?;
         shard.published = until;
     }
     Ok(())

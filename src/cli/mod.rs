@@ -5,6 +5,7 @@
 mod eval;
 #[cfg(feature = "candle")]
 mod generate;
+mod kv;
 mod profile;
 mod replay;
 mod trace;
@@ -13,6 +14,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use floe::page::file::FileError;
 use floe::profile::{LogError, ProfileError};
 use floe::replay::ReplayError;
 use floe::trace::TraceError;
@@ -43,6 +45,9 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// How often would a hot tier of a given size hold what a step needs?
     Profile(profile::ProfileArgs),
+    /// Look at saved sequences.
+    #[command(subcommand)]
+    Kv(kv::KvCommand),
     /// Inspect, cut and synthesise trace files.
     #[command(subcommand)]
     Trace(trace::TraceCommand),
@@ -58,6 +63,7 @@ pub fn run() -> ExitCode {
         Command::Eval(args) => eval::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Profile(args) => profile::run(args),
+        Command::Kv(command) => kv::run(command),
         Command::Trace(command) => trace::run(command),
     };
     match result {
@@ -81,6 +87,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         trace_error.is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<ProfileError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<LogError>().is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<FileError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<ReplayError>().is_some_and(|error| !error.is_environment())
             || is_host_input(cause)
     });

@@ -1,8 +1,9 @@
 //! Prefill with queries: what a host engine calls for every layer of a prompt.
 
+use super::spill::Patience;
 use super::{Engine, check_finite, check_room, check_rows, on_threads};
 use crate::error::{Error, Result};
-use crate::ids::{LayerId, SeqId};
+use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::prefill;
 use crate::view::TensorView;
 
@@ -57,9 +58,15 @@ impl Engine {
             return Err(Error::Position { seq, layer: step.layer, got: step.position, expected });
         }
         check_room(layer.num_tokens, num_tokens)?;
+        // Cold pages are checked before anything is stored.
+        let seen = layer.span.map_or(0, |span| (layer.num_tokens + 1).saturating_sub(span));
+        let seen = seen as TokenPos..layer.num_tokens as TokenPos;
+        layer.shards.iter().try_for_each(|shard| shard.pages.verify(seen.clone()))?;
         on_threads(self.pool.as_ref(), || {
             prefill::append(layer, &step.k, &step.v)?;
             prefill::attend(&*self.backend, layer, (&step.q, step.scale), out)
-        })
+        })?;
+        self.spill(Patience::Prefill);
+        Ok(())
     }
 }
