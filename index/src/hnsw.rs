@@ -14,6 +14,8 @@
 //! *Removal* leaves the token in the graph as a way through, never as an answer; once such tokens outnumber the others the
 //! graph is built anew. *Not for* production: an insertion costs some 100 us, a token some 2 KiB.
 
+use std::cell::Cell;
+
 use half::bf16;
 use hnsw_rs::anndists::dist::Distance;
 
@@ -97,6 +99,11 @@ fn falling(product: f32) -> f32 {
     f32::from_bits((!rising >> 1).min(f32::MAX.to_bits()))
 }
 
+thread_local! {
+    /// Keys that this thread has compared with queries: the graph does not tell what a search walked.
+    static COMPARED: Cell<usize> = const { Cell::new(0) };
+}
+
 impl Distance<u16> for Nearness {
     fn eval(&self, a: &[u16], b: &[u16]) -> f32 {
         let (query, key) = match (a.len() == self.dim, b.len() == self.dim) {
@@ -107,6 +114,7 @@ impl Distance<u16> for Nearness {
             (false, _) => (a, b),
             (true, false) => (b, a),
         };
+        COMPARED.set(COMPARED.get() + 1);
         falling(vectorised(self.isa, Along { query, key }))
     }
 }
@@ -380,11 +388,12 @@ impl KeyIndex for Hnsw {
             return Ok(());
         }
         let scratch = &mut scratch.hnsw;
+        COMPARED.set(0);
         self.collect(query, exclude, params, scratch);
         let HnswScratch { union, row, ranked, .. } = scratch;
         let n = union.len();
-        found.nodes_scored = n;
-        found.index_bytes_read = n * self.dim * size_of::<bf16>();
+        found.nodes_scored = COMPARED.get() + n;
+        found.index_bytes_read = found.nodes_scored * self.dim * size_of::<bf16>();
         ranked.clear();
         ranked.extend(union.iter().map(|&slot| (f32::NEG_INFINITY, slot)));
         for (h, q) in query.q.chunks_exact(self.dim).enumerate() {

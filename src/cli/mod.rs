@@ -2,6 +2,8 @@
 //! writes to stderr.
 
 #[cfg(feature = "candle")]
+mod eval;
+#[cfg(feature = "candle")]
 mod generate;
 mod kv;
 mod profile;
@@ -36,6 +38,9 @@ enum Command {
     /// Answer a prompt with a GGUF model whose attention runs through floe.
     #[cfg(feature = "candle")]
     Generate(generate::GenerateArgs),
+    /// Judge policies by answers and logits against Full-KV, on a GGUF model.
+    #[cfg(feature = "candle")]
+    Eval(eval::EvalArgs),
     /// Compare policies with full attention on recorded traces.
     Replay(replay::ReplayArgs),
     /// How often would a hot tier of a given size hold what a step needs?
@@ -54,6 +59,8 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         #[cfg(feature = "candle")]
         Command::Generate(args) => generate::run(args),
+        #[cfg(feature = "candle")]
+        Command::Eval(args) => eval::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Profile(args) => profile::run(args),
         Command::Kv(command) => kv::run(command),

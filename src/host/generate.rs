@@ -132,6 +132,12 @@ impl<'a> Session<'a> {
         self.kv.truncate(num_tokens)
     }
 
+    /// Tokens that the KV backend holds.
+    #[must_use]
+    pub fn num_tokens(&self) -> usize {
+        self.kv.num_tokens()
+    }
+
     /// Tokens that still fit the model's context.
     #[must_use]
     pub fn room(&self) -> usize {

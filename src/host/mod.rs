@@ -17,6 +17,7 @@ mod chat;
 mod config;
 mod decoder;
 mod error;
+pub mod eval;
 mod floe_kv;
 mod generate;
 mod gguf;

@@ -69,6 +69,11 @@ impl Indexed {
         Self { index, read, params, heeds_attended: false, sinks: config.sinks as TokenPos, published: 0 }
     }
 
+    /// Tells the ranking of the mass on sinks and window: for an index that ranks tokens by their exact scores, as the oracle does.
+    pub(super) fn heeding_attended(self) -> Self {
+        Self { heeds_attended: true, ..self }
+    }
+
     /// Positions that the index holds although the window attends them: they joined while still in the window.
     fn exclude(&self, selection: &Selection, exclude: &mut Vec<u32>) {
         exclude.clear();

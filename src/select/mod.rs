@@ -139,7 +139,7 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
         }
         PolicyKind::Hnsw => {
             let index = Hnsw::new(config.heads.head_dim(), HnswConfig::default())?;
-            Box::new(indexed::Indexed::baseline(index, config))
+            Box::new(indexed::Indexed::baseline(index, config).heeding_attended())
         }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
         PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),

@@ -11,8 +11,6 @@ use half::bf16;
 const NUM_SINKS: usize = 16;
 /// Tokens inserted after the build, sixteen at a time.
 const NUM_INSERTED: usize = 1024;
-/// Needles of synthetic keys.
-const NUM_NEEDLES: usize = 16;
 
 /// One shard.
 pub struct Data {
@@ -36,23 +34,30 @@ pub struct Data {
 }
 
 impl Data {
-    /// `n` synthetic tokens of `dim` elements and a group of 4 heads, written to and read back from a file under `folder`.
-    pub fn synthetic(n: usize, num_queries: usize, folder: &Path) -> anyhow::Result<Self> {
+    /// `n` synthetic tokens of 128 elements and a group of 4 heads, written to and read back from a file under `folder`.
+    /// With `num_needles` half of the queries look for one of them.
+    pub fn synthetic(
+        n: usize,
+        num_queries: usize,
+        num_needles: usize,
+        folder: &Path,
+    ) -> anyhow::Result<Self> {
         let request = SynthRequest {
             num_tokens: NUM_SINKS + n + NUM_INSERTED,
             num_queries: NUM_INSERTED,
             head_dim: 128,
             group: 4,
-            num_needles: NUM_NEEDLES,
+            num_needles,
             rope: Rope::NeoxHalf,
             seed: 0,
         };
         let path = folder.join(format!("floe-bench-{}-{n}.safetensors", std::process::id()));
-        let written = request.write(&path, &mut |_| {});
-        let read = written.and_then(|()| Trace::open(&path));
-        // The file is mapped and goes away with the last use; the name is of no further need.
-        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-        Self::of(&read?, "synthetic".to_owned(), n, num_queries)
+        let read = request.write(&path, &mut |_| {}).and_then(|()| Trace::open(&path));
+        // The file is mapped: its name is of no further need, whether it was written whole or not.
+        let removed = std::fs::remove_file(&path);
+        let trace = read?;
+        removed.with_context(|| format!("cannot remove {}", path.display()))?;
+        Self::of(&trace, "synthetic".to_owned(), n, num_queries)
     }
 
     /// The first `n` tokens of a trace after its sinks.

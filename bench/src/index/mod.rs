@@ -40,6 +40,9 @@ pub struct Args {
     /// Tokens of the synthetic shards.
     #[arg(long, value_delimiter = ',', default_value = "4096,32768,131072,1048576")]
     sizes: Vec<usize>,
+    /// Needles among the synthetic keys; half of the queries look for one, and find it or lose most of their mass.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    needles: usize,
     /// A recorded trace to measure besides, whole [default: the bundled one].
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -109,7 +112,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     pool.install(|| Bench { args, data: &real }.run(&mut rows))?;
     drop(real);
     for &n in &args.sizes {
-        let data = Data::synthetic(n, args.queries, &std::env::temp_dir())?;
+        let data = Data::synthetic(n, args.queries, args.needles, &std::env::temp_dir())?;
         pool.install(|| Bench { args, data: &data }.run(&mut rows))?;
     }
     report::print(&rows, args)?;
