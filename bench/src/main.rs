@@ -4,6 +4,7 @@ mod attend;
 mod index;
 mod machine;
 mod stats;
+mod tiers;
 
 use clap::{Parser, Subcommand};
 
@@ -21,11 +22,14 @@ enum Command {
     Attend(attend::Args),
     /// Build, insertion and search of every index kind over growing numbers of tokens, with kept mass and recall.
     Index(index::Args),
+    /// Attention over the warm tier's slabs against the same attention over one flat array.
+    Tiers(tiers::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Attend(args) => attend::run(&args),
         Command::Index(args) => index::run(&args),
+        Command::Tiers(args) => tiers::run(&args),
     }
 }

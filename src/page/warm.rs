@@ -230,7 +230,10 @@ impl ShardPages {
     }
 
     /// Appends head `head` of every token of `k` and `v`, `[tokens, heads, head_dim]` of the same shape.
-    pub(crate) fn append(&mut self, k: &TensorView<'_>, v: &TensorView<'_>, head: usize) -> Result<()> {
+    ///
+    /// # Errors
+    /// When the element types or sizes differ, or when the last page comes from a file and is damaged.
+    pub fn append(&mut self, k: &TensorView<'_>, v: &TensorView<'_>, head: usize) -> Result<()> {
         for token in 0..k.shape()[0] {
             let (k, v) = (k.row(token, head), v.row(token, head));
             with_rows!(self, rows => match (k, v) {
