@@ -5,6 +5,8 @@
 mod eval;
 #[cfg(feature = "candle")]
 mod generate;
+#[cfg(feature = "candle")]
+mod record;
 mod replay;
 mod trace;
 
@@ -34,6 +36,9 @@ enum Command {
     /// Answer a prompt with a GGUF model whose attention runs through floe.
     #[cfg(feature = "candle")]
     Generate(generate::GenerateArgs),
+    /// Record traces of a GGUF model reading a text.
+    #[cfg(feature = "candle")]
+    Record(record::RecordArgs),
     /// Judge policies by answers and logits against Full-KV, on a GGUF model.
     #[cfg(feature = "candle")]
     Eval(eval::EvalArgs),
@@ -50,6 +55,8 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         #[cfg(feature = "candle")]
         Command::Generate(args) => generate::run(args),
+        #[cfg(feature = "candle")]
+        Command::Record(args) => record::run(args),
         #[cfg(feature = "candle")]
         Command::Eval(args) => eval::run(args),
         Command::Replay(args) => replay::run(args),
