@@ -7,6 +7,8 @@ mod eval;
 mod generate;
 mod kv;
 mod profile;
+#[cfg(feature = "candle")]
+mod record;
 mod replay;
 mod trace;
 
@@ -38,6 +40,9 @@ enum Command {
     /// Answer a prompt with a GGUF model whose attention runs through floe.
     #[cfg(feature = "candle")]
     Generate(generate::GenerateArgs),
+    /// Record traces of a GGUF model reading a text.
+    #[cfg(feature = "candle")]
+    Record(record::RecordArgs),
     /// Judge policies by answers and logits against Full-KV, on a GGUF model.
     #[cfg(feature = "candle")]
     Eval(eval::EvalArgs),
@@ -59,6 +64,8 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         #[cfg(feature = "candle")]
         Command::Generate(args) => generate::run(args),
+        #[cfg(feature = "candle")]
+        Command::Record(args) => record::run(args),
         #[cfg(feature = "candle")]
         Command::Eval(args) => eval::run(args),
         Command::Replay(args) => replay::run(args),

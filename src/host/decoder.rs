@@ -127,16 +127,19 @@ impl Decoder {
     /// # Errors
     /// None beyond those of candle's products.
     pub fn last_logits(&self, hidden: &Hidden) -> HostResult<Vec<f32>> {
-        let last = hidden.states.dim(0)? - 1;
-        Ok(self.head.forward(&hidden.states.narrow(0, last, 1)?)?.flatten_all()?.to_vec1()?)
+        Ok(self.logits(hidden, 1)?.flatten_all()?.to_vec1()?)
     }
 
-    /// Logits of every token, `[tokens, vocab]`.
+    /// Logits of the last `keep` tokens, `[keep, vocab]`.
     ///
     /// # Errors
-    /// None beyond those of candle's products.
-    pub fn logits(&self, hidden: &Hidden) -> HostResult<Tensor> {
-        self.head.forward(&hidden.states)
+    /// [`HostError::Argument`] when `keep` is 0 or more than the tokens.
+    pub fn logits(&self, hidden: &Hidden, keep: usize) -> HostResult<Tensor> {
+        let tokens = hidden.states.dim(0)?;
+        match tokens.checked_sub(keep) {
+            Some(first) if keep > 0 => self.head.forward(&hidden.states.narrow(0, first, keep)?),
+            _ => Err(HostError::argument("keep", keep, format!("must be 1 to the {tokens} tokens"))),
+        }
     }
 }
 

@@ -62,6 +62,9 @@ pub enum HostError {
     /// The KV engine refused a call.
     #[error(transparent)]
     Engine(#[from] crate::Error),
+    /// A trace that cannot be written.
+    #[error(transparent)]
+    Trace(#[from] crate::trace::TraceError),
     /// A KV backend outside this crate failed.
     #[error("KV backend: {0}")]
     Backend(String),
@@ -76,6 +79,7 @@ impl HostError {
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
             Self::Candle(_) => true,
             Self::Engine(error) => error.is_environment(),
+            Self::Trace(error) => error.is_environment(),
             _ => false,
         }
     }

@@ -98,6 +98,20 @@ impl<'a> Session<'a> {
         Ok(logits)
     }
 
+    /// Runs known tokens after the prompt in one pass over the weights; logits after each of the last `keep`. Attention goes
+    /// token by token, as in [`Session::step`].
+    ///
+    /// # Errors
+    /// As [`Session::step`].
+    pub fn steps(&mut self, tokens: &[u32], keep: usize) -> HostResult<Vec<Vec<f32>>> {
+        self.check_room(tokens.len())?;
+        let started = Instant::now();
+        let hidden = self.model.decoder.forward(tokens, Phase::Decode, self.kv)?;
+        let logits = self.model.decoder.logits(&hidden, keep)?.to_vec2()?;
+        self.decode.add(tokens.len(), started.elapsed(), hidden.attend_time);
+        Ok(logits)
+    }
+
     /// Draws and runs tokens after `logits`, until one ends the answer, `max_tokens` are out, the context is full or `on_token` breaks.
     /// The tokens, the ending one left out.
     ///

@@ -186,3 +186,35 @@ fn what_a_model_file_lacks_is_named() {
     assert!(Model::open(&text).err().unwrap().to_string().contains("text.gguf"));
     assert!(matches!(Model::open(folder.path().join("absent")).err().unwrap(), HostError::Read { .. }));
 }
+
+#[test]
+fn a_recorded_trace_holds_what_attention_saw() {
+    use floe::host::{RecordPlan, Recorder};
+    use floe::trace::{Trace, rope_error};
+    for family in ["llama", "qwen2"] {
+        let model = open(family);
+        let prompt = prompt(&model);
+        let folder = tempfile::tempdir().unwrap();
+        let plan = RecordPlan {
+            layers: vec![1],
+            heads: vec![],
+            num_tokens: prompt.len(),
+            num_queries: 30,
+            text: "words".into(),
+            licence: "none".into(),
+        };
+        let mut recorder = Recorder::create(&model, &plan, folder.path()).unwrap();
+        Session::new(&model, &mut recorder).prefill(&prompt, &mut |_| {}).unwrap();
+        let paths = recorder.finish().unwrap();
+        assert_eq!(paths.len(), 2);
+        for path in paths {
+            let trace = Trace::open(&path).unwrap();
+            assert_eq!(trace.meta().num_tokens, prompt.len());
+            // Two roundings to bf16.
+            assert!(rope_error(&trace, 30) < 1.0 / 128.0, "{family}");
+        }
+        let error =
+            Recorder::create(&model, &RecordPlan { layers: vec![9], ..plan }, folder.path()).err().unwrap();
+        assert!(error.to_string().contains("`layers` = 9"), "{error}");
+    }
+}

@@ -31,13 +31,10 @@ pub struct Distance {
 /// Tokens of an answer at most: three six-digit numbers of one token a digit, with words between.
 const ANSWER_TOKENS: usize = 40;
 
-/// Feeds all but the last of `tokens` and returns the logits after each, the first `logits` included.
-fn feed(session: &mut Session<'_>, tokens: &[u32], logits: Vec<f32>) -> HostResult<Vec<Vec<f32>>> {
-    let mut all = vec![logits];
-    for token in &tokens[..tokens.len().saturating_sub(1)] {
-        all.push(session.step(*token)?);
-    }
-    Ok(all)
+/// Decodes the prompt and all but the last of `tokens` under the policy; the logits before each of `tokens`.
+fn feed(session: &mut Session<'_>, prompt: &[u32], tokens: &[u32]) -> HostResult<Vec<Vec<f32>>> {
+    let fed = [prompt, &tokens[..tokens.len().saturating_sub(1)]].concat();
+    session.steps(&fed, tokens.len().max(1))
 }
 
 /// Greedy tokens from `logits` on, until the answer ends, with the end token.
@@ -66,10 +63,12 @@ pub(super) fn refer(
     model: &Model,
     (prompt, question, forced): (&[u32], Option<&Question>, &[u32]),
 ) -> HostResult<Reference> {
-    let logits = run_prompt(session, prompt)?;
     let (tokens, all) = match question {
-        Some(_) => answer(session, model, logits)?,
-        None => (forced.to_vec(), feed(session, forced, logits)?),
+        Some(_) => {
+            let first = session.steps(prompt, 1)?.pop().unwrap_or_default();
+            answer(session, model, first)?
+        }
+        None => (forced.to_vec(), feed(session, prompt, forced)?),
     };
     let log_probs: Vec<Vec<f32>> = all.iter().map(|logits| log_softmax(logits)).collect();
     let score = match question {
@@ -87,8 +86,7 @@ pub(super) fn judge(
     reference: &Reference,
 ) -> HostResult<(f64, Distance)> {
     let start = session.num_tokens();
-    let logits = run_prompt(session, prompt)?;
-    let all = feed(session, &reference.tokens, logits)?;
+    let all = feed(session, prompt, &reference.tokens)?;
     let mut distance = Distance::default();
     let mut parted = None;
     for (step, ((logits, full), token)) in
@@ -117,15 +115,6 @@ pub(super) fn judge(
     Ok((question.score(&model.tokenizer.decode(&tokens)?), distance))
 }
 
-/// Decodes the question under the policy, like everything after the context.
-fn run_prompt(session: &mut Session<'_>, prompt: &[u32]) -> HostResult<Vec<f32>> {
-    let mut logits = Vec::new();
-    for token in prompt {
-        logits = session.step(*token)?;
-    }
-    Ok(logits)
-}
-
 /// Tokens that were the likeliest.
 fn hits(tokens: &[u32], all: &[Vec<f32>]) -> usize {
     tokens.iter().zip(all).filter(|(token, logits)| largest(logits) == **token).count()
@@ -133,8 +122,8 @@ fn hits(tokens: &[u32], all: &[Vec<f32>]) -> usize {
 
 fn log_softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let lse = logits.iter().map(|x| f64::from(x - max).exp()).sum::<f64>().ln() as f32 + max;
-    logits.iter().map(|x| x - lse).collect()
+    let ln_sum = logits.iter().map(|x| f64::from(x - max).exp()).sum::<f64>().ln() as f32;
+    logits.iter().map(|x| x - max - ln_sum).collect()
 }
 
 #[cfg(test)]
