@@ -1,5 +1,7 @@
 //! What the user asks for, and its validation.
 
+use std::path::PathBuf;
+
 use crate::error::{Error, Result};
 use crate::page::Unit;
 use crate::policy::{EvictionKind, PrefetchKind};
@@ -21,6 +23,15 @@ pub struct HotConfig {
     pub eviction: EvictionKind,
     /// What is brought in before it is asked for.
     pub prefetch: PrefetchKind,
+}
+
+/// Cold tier: where keys and values go that memory has no room for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ColdConfig {
+    /// Folder of the cold files; must exist. They are removed when the engine is dropped.
+    pub folder: PathBuf,
+    /// Bytes of warm keys and values, all sequences together, above which full slabs are written out.
+    pub warm_limit_bytes: usize,
 }
 
 /// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before
@@ -45,7 +56,13 @@ pub struct Config {
     pub dense_layers: usize,
     /// Hot tier of every kv head.
     pub hot: HotConfig,
-    /// Worker threads; 0 = one per core.
+    /// Cold tier; `None` = everything stays in memory.
+    pub cold: Option<ColdConfig>,
+    /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
+    /// is attended exactly over its span, whatever the policy. Empty = no layer is limited, else `[num_layers]`.
+    pub spans: Vec<Option<usize>>,
+    /// Own worker threads; 0 = the rayon pool that the caller is in, else rayon's global one (one thread per core, or as
+    /// many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
     pub threads: usize,
     /// Seed of everything random: projections, rotations, sampling.
     pub seed: u64,
@@ -65,6 +82,8 @@ impl Config {
             window: 64,
             dense_layers: 0,
             hot: HotConfig::default(),
+            cold: None,
+            spans: Vec::new(),
             threads: 0,
             seed: 0,
         }
@@ -105,6 +124,17 @@ impl Config {
         if self.hot.slots > SLOTS_MAX {
             return Err(Error::config("hot.slots", self.hot.slots, format!("must be at most {SLOTS_MAX}")));
         }
+        if !self.spans.is_empty() && self.spans.len() != self.num_layers {
+            let got = format!("{} layers", self.spans.len());
+            return Err(Error::config(
+                "spans",
+                got,
+                format!("must be empty or have {} layers", self.num_layers),
+            ));
+        }
+        if let Some(layer) = self.spans.iter().position(|span| *span == Some(0)) {
+            return Err(Error::config("spans", 0, format!("layer {layer} must attend at least 1 token")));
+        }
         if self.threads > 4096 {
             return Err(Error::config("threads", self.threads, "must be at most 4096"));
         }
@@ -122,12 +152,14 @@ mod tests {
         let ok = Config::new(2, heads, KvDtype::Bf16);
         assert!(ok.validate().is_ok());
         let hot = HotConfig { slots: 1 << 30, ..HotConfig::default() };
-        let cases: [(&str, Config); 7] = [
+        let cases: [(&str, Config); 9] = [
             ("hot.slots", Config { hot, ..ok.clone() }),
             ("num_layers", Config { num_layers: 0, ..ok.clone() }),
             ("window", Config { window: 15, ..ok.clone() }),
             ("budget", Config { budget: 79, ..ok.clone() }),
             ("dense_layers", Config { dense_layers: 3, ..ok.clone() }),
+            ("spans", Config { spans: vec![None], ..ok.clone() }),
+            ("spans", Config { spans: vec![None, Some(0)], ..ok.clone() }),
             ("threads", Config { threads: 5000, ..ok.clone() }),
             ("sinks", Config { sinks: 1 << 40, ..ok.clone() }),
         ];

@@ -75,6 +75,7 @@ pub(crate) fn decode_layer(
 ) -> Result<()> {
     let per_shard = step.config.heads.group() * step.config.heads.head_dim();
     report.shards.resize_with(layer.shards.len(), ShardReport::default);
+    let span = layer.span;
     layer
         .shards
         .par_iter_mut()
@@ -83,7 +84,7 @@ pub(crate) fn decode_layer(
         .enumerate()
         .try_for_each(|(head, ((shard, out), report))| {
             let mut space = step.workspaces.take();
-            let done = decode_shard(step, (head, shard), &mut space, out, report);
+            let done = decode_shard(step, (head, shard, span), &mut space, out, report);
             step.workspaces.put(space);
             done
         })
@@ -91,13 +92,15 @@ pub(crate) fn decode_layer(
 
 fn decode_shard(
     step: &StepContext<'_>,
-    (head, shard): (usize, &mut Shard),
+    (head, shard, span): (usize, &mut Shard, Option<usize>),
     space: &mut Workspace,
     out: &mut [f32],
     report: &mut ShardReport,
 ) -> Result<()> {
     let mut watch = Watch::start(step.clock);
-    publish(shard)?;
+    if span.is_none() {
+        publish(shard)?;
+    }
     watch.lap(Stage::Publish);
     let config = step.config;
     let (group, head_dim) = (config.heads.group(), config.heads.head_dim());
@@ -112,11 +115,11 @@ fn decode_shard(
 
     // 2 reuse match
     let matched = match &step.q_pre {
-        Some(q_pre) => {
+        Some(q_pre) if span.is_none() => {
             load_query(q_pre, head, group, &mut space.q_pre);
             shard.reuse.probe(&space.q_pre, position)
         }
-        None => None,
+        Some(_) | None => None,
     };
 
     watch.lap(Stage::Reuse);
@@ -125,6 +128,7 @@ fn decode_shard(
     let path = choose(&StepFacts {
         num_tokens: num_tokens as usize,
         budget: config.budget,
+        sliding_layer: span.is_some(),
         dense_layer: step.layer < config.dense_layers,
         exact_policy: config.policy.is_exact(),
         reused_tokens: matched.map_or(0, |m| m.covered as usize),
@@ -137,6 +141,11 @@ fn decode_shard(
     match path {
         HeadPath::Exact | HeadPath::ExactWithinBudget | HeadPath::ExactDenseLayer => {
             selection.reset(num_tokens, 0, 0)
+        }
+        HeadPath::ExactSpan => {
+            let attended =
+                span.map_or(num_tokens, |span| num_tokens.min(u32::try_from(span).unwrap_or(u32::MAX)));
+            selection.reset(num_tokens, 0, num_tokens - attended);
         }
         HeadPath::Reuse => selection.reset(num_tokens, 0, matched.map_or(0, |m| m.covered)),
         HeadPath::Sparse => {
@@ -166,6 +175,9 @@ fn decode_shard(
     watch.lap(Stage::Fetch);
 
     // 7 attend
+    if path != HeadPath::Sparse {
+        shard.pages.verify(selection.window.clone())?;
+    }
     let tokens = match path {
         HeadPath::Sparse => match hot.as_ref().map(|hot| hot.view()) {
             Some((table, memory)) => Tokens::Hot(HotTokens { tokens: &selection.retrieved, table, memory }),
@@ -199,8 +211,11 @@ fn decode_shard(
 
     // 9 output, commit
     out.copy_from_slice(&space.state.out);
-    if step.q_pre.is_some() && path != HeadPath::Reuse {
+    if step.q_pre.is_some() && !matches!(path, HeadPath::Reuse | HeadPath::ExactSpan) {
         shard.reuse.commit(&space.q_pre, position, &space.state);
+    }
+    if config.cold.is_some() {
+        shard.touch(&space.table, position);
     }
     report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
     watch.lap(Stage::Commit);
@@ -222,11 +237,18 @@ fn select_sparse(
     let window = num_tokens.saturating_sub(config.window as u32).min(shard.published as u32);
     selection.reset(num_tokens, config.sinks as u32, window);
     let budget = config.budget.saturating_sub(selection.num_tokens());
+    shard.pages.verify(selection.sinks.clone())?;
+    shard.pages.verify(selection.window.clone())?;
+    if shard.selector.reads_rows() {
+        shard.pages.verify(selection.candidates())?;
+    }
     for fixed in [&selection.sinks, &selection.window] {
         step.backend.attend(query, &shard.pages, Tokens::Range(fixed.clone()), attend, state)?;
     }
     let request = SelectRequest { query: *query, pages: &shard.pages, budget, attended_lse: &state.lse };
-    shard.selector.select(&request, select, selection)
+    let cost = shard.selector.select(&request, select, selection)?;
+    shard.pages.verify_tokens(&selection.retrieved)?;
+    Ok(cost)
 }
 
 /// Brings in what the shards of a layer may ask for next. The queries of `step` are those of the layer before.

@@ -1,6 +1,15 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
+mod persist;
+mod prefill_attend;
+mod spill;
+
 use std::collections::HashMap;
+
+use spill::Patience;
+
+pub use persist::{SEQUENCE_KIND, SavedSequence};
+pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
@@ -9,8 +18,10 @@ use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::ShardPages;
+use crate::page::cold::ColdTier;
 use crate::policy::PrefetchKind;
 use crate::prefill;
+use crate::select::Policy;
 use crate::sequence::Sequence;
 use crate::sim::{Clock, SystemClock};
 use crate::step::StepReport;
@@ -69,10 +80,12 @@ pub struct Engine {
     config: Config,
     sequences: HashMap<SeqId, Sequence>,
     next_seq: u64,
-    pool: rayon::ThreadPool,
+    /// Own threads; `None` = those of the caller.
+    pool: Option<rayon::ThreadPool>,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
     clock: Box<dyn Clock>,
+    cold: Option<ColdTier<spill::SlabKey>>,
 }
 
 impl Engine {
@@ -82,13 +95,18 @@ impl Engine {
     /// [`Error::Config`] naming the field; [`Error::Pool`] when the threads cannot be started.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(config.threads)
-            .thread_name(|i| format!("floe-{i}"))
-            .build()
-            .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })?;
+        let own_threads = || {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(config.threads)
+                .thread_name(|i| format!("floe-{i}"))
+                .build()
+                .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })
+        };
+        let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
+        let cold = spill::open(&config)?;
         Ok(Self {
             config,
+            cold,
             sequences: HashMap::new(),
             next_seq: 0,
             pool,
@@ -136,7 +154,9 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        self.pool.install(|| prefill::append(shards, k, v))
+        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))?;
+        self.spill(Patience::Prefill);
+        Ok(())
     }
 
     /// Appends one token to one layer and attends with its queries; `out` receives `[num_q_heads, head_dim]` f32. Nothing
@@ -193,7 +213,7 @@ impl Engine {
         };
         let stored = layer.num_tokens;
         let layers = &mut sequence.layers;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             let layer = &mut layers[step.layer.0];
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
@@ -204,7 +224,9 @@ impl Engine {
                 PrefetchKind::NextLayer | PrefetchKind::Predicted => (step.layer.0 + 1) % num_layers,
             };
             prefetch_layer(&context, &mut layers[target])
-        })
+        })?;
+        self.spill(Patience::Step);
+        Ok(())
     }
 
     /// Builds the indexes of a prefilled sequence now, all shards in parallel, instead of during the first step.
@@ -214,10 +236,11 @@ impl Engine {
     pub fn publish(&mut self, seq: SeqId) -> Result<()> {
         use rayon::prelude::*;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             sequence
                 .layers
                 .par_iter_mut()
+                .filter(|l| l.span.is_none())
                 .flat_map(|l| l.shards.par_iter_mut())
                 .try_for_each(prefill::publish)
         })
@@ -299,6 +322,21 @@ impl Engine {
         Ok(sequence.layers.iter_mut().flat_map(|l| &mut l.shards).map(|shard| &mut shard.hot))
     }
 
+    /// Changes how tokens are selected from now on. Every sequence keeps its keys and values; selectors start anew and
+    /// learn all stored tokens with the next step, or with [`Engine::publish`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the budget cannot hold sinks and window; the engine is then unchanged.
+    pub fn set_policy(&mut self, policy: Policy, budget: usize) -> Result<()> {
+        let config = Config { policy, budget, ..self.config.clone() };
+        config.validate()?;
+        for layer in self.sequences.values_mut().flat_map(|sequence| &mut sequence.layers) {
+            layer.shards.iter_mut().try_for_each(|shard| shard.reselect(&config))?;
+        }
+        self.config = config;
+        Ok(())
+    }
+
     /// Frees a sequence. Its id is never given out again.
     ///
     /// # Errors
@@ -332,7 +370,9 @@ impl Engine {
         Ok(SequenceMemory {
             kv_bytes: shards().map(|s| row_bytes(&s.pages)).sum(),
             kv_allocated_bytes: shards().map(|s| s.pages.size_bytes()).sum(),
-            index_bytes: shards().map(|s| s.selector.size_bytes()).sum(),
+            index_bytes: shards()
+                .map(|s| s.selector.size_bytes() / std::sync::Arc::strong_count(&s.selector))
+                .sum(),
             hot_bytes: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::size_bytes).sum(),
             hot_pins_out: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::pins_out).sum(),
         })
@@ -346,12 +386,20 @@ pub struct SequenceMemory {
     pub kv_bytes: usize,
     /// Slabs allocated for them.
     pub kv_allocated_bytes: usize,
-    /// What the policy keeps beside them: summaries, codes, tree.
+    /// What the policy keeps beside them: summaries, codes, tree. What forks share counts in equal parts for each.
     pub index_bytes: usize,
     /// Slots of the hot tier.
     pub hot_bytes: usize,
     /// Pins of the hot tier that were not handed back; between steps anything but 0 is a leak.
     pub hot_pins_out: usize,
+}
+
+/// Runs `work` on the engine's own threads, or on those that the caller is on.
+fn on_threads<R: Send>(pool: Option<&rayon::ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
+    match pool {
+        Some(pool) => pool.install(work),
+        None => work(),
+    }
 }
 
 fn check_rows(

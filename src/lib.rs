@@ -26,13 +26,15 @@ pub mod select;
 pub mod sim;
 pub mod transfer;
 
+#[cfg(feature = "candle")]
+pub mod host;
 pub mod profile;
 pub mod replay;
 pub mod report;
 pub mod trace;
 
-pub use config::{Config, HotConfig};
-pub use engine::{DecodeStep, Engine, SequenceMemory};
+pub use config::{ColdConfig, Config, HotConfig};
+pub use engine::{DecodeStep, Engine, PrefillStep, SavedSequence, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};
 pub use select::{Policy, SpecError};

@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(unsafe_code, reason = "a counting allocator cannot be written safely")]
 
-#[allow(dead_code, reason = "each test uses its part of the helpers")]
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-#[allow(dead_code, reason = "each test uses its part of the helpers")]
 mod common;
 
 use common::{Layer, config};

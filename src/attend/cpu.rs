@@ -2,7 +2,8 @@
 
 use floe_cuda::{Isa, KvElem, KvRows, Rows, dense_decode, sparse_decode};
 
-use super::{AttendScratch, AttentionBackend, HotTokens, Tokens};
+use super::causal::attend_causal;
+use super::{AttendScratch, AttentionBackend, CausalQueries, HotTokens, Tokens};
 use crate::error::Result;
 use crate::page::{HotRows, PageSlabs, ShardPages, SlotMemory, with_rows};
 use crate::query::GroupQuery;
@@ -45,6 +46,16 @@ impl AttentionBackend for CpuBackend {
             }
         });
         state.merge(part)
+    }
+
+    fn attend_causal(
+        &self,
+        queries: &CausalQueries<'_>,
+        pages: &ShardPages,
+        scratch: &mut AttendScratch,
+        out: &mut [f32],
+    ) -> Result<()> {
+        with_rows!(pages, rows => attend_causal(self.isa, queries, rows, scratch, out))
     }
 }
 

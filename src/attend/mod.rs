@@ -1,10 +1,12 @@
 //! Exact attention over chosen rows of one shard.
 
+mod causal;
 mod cpu;
 pub mod exact;
 
 use std::ops::Range;
 
+pub use causal::CausalQueries;
 pub use cpu::CpuBackend;
 
 use crate::error::Result;
@@ -21,6 +23,7 @@ pub struct AttendScratch {
     part: StateBuf,
     /// 0, 1, 2, ...: rows of a step that lie in slots, in the order of their positions.
     counting: Vec<u32>,
+    all: StateBuf,
 }
 
 /// Tokens of one shard.
@@ -59,5 +62,17 @@ pub trait AttentionBackend: Send + Sync {
         tokens: Tokens<'_>,
         scratch: &mut AttendScratch,
         state: &mut StateBuf,
+    ) -> Result<()>;
+
+    /// Causal attention of consecutive stored tokens, on the calling thread; `out` is `[tokens, group, head_dim]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    fn attend_causal(
+        &self,
+        queries: &CausalQueries<'_>,
+        pages: &ShardPages,
+        scratch: &mut AttendScratch,
+        out: &mut [f32],
     ) -> Result<()>;
 }

@@ -322,7 +322,11 @@ impl HotTier {
     pub fn truncate(&mut self, first: u32) -> bool {
         let units = self.slots.iter().filter(|s| s.life != SlotLife::Free && s.unit >= first);
         let units: Vec<u32> = units.map(|s| s.unit).collect();
-        units.into_iter().fold(true, |all, unit| self.invalidate(unit) && all)
+        let mut all = true;
+        for unit in units {
+            all &= self.invalidate(unit);
+        }
+        all
     }
 
     /// Evicts everything that is not pinned or loading.

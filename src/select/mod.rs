@@ -96,6 +96,24 @@ pub trait Selector: Send + Sync {
         out: floe_cuda::StateMut<'_>,
     ) -> Result<SelectCost>;
 
+    /// Whether `select` or `tail` read rows of `pages`, beyond those that `publish` saw.
+    fn reads_rows(&self) -> bool;
+
+    /// A copy that changes on its own from here on.
+    ///
+    /// # Errors
+    /// When the index cannot be copied.
+    fn fork(&self) -> Result<Box<dyn Selector>>;
+
+    /// State as bytes for [`Self::restored`]; `None` when it is built anew from the rows instead.
+    fn snapshot(&self) -> Option<Vec<u8>>;
+
+    /// A selector with the settings of this one and the state that `bytes` hold, which saw positions `0..published`.
+    ///
+    /// # Errors
+    /// When the bytes are no snapshot of such a selector.
+    fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>>;
+
     /// Bytes kept beside the exact keys and values.
     fn size_bytes(&self) -> usize;
 }
@@ -116,11 +134,11 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
             }
         }
         PolicyKind::Icecache => {
-            let index = Box::new(Icecache::new(config.heads.head_dim(), config.seed)?);
+            let index = Icecache::new(config.heads.head_dim(), config.seed)?;
             Box::new(indexed::Indexed::baseline(index, config))
         }
         PolicyKind::Hnsw => {
-            let index = Box::new(Hnsw::new(config.heads.head_dim(), HnswConfig::default())?);
+            let index = Hnsw::new(config.heads.head_dim(), HnswConfig::default())?;
             Box::new(indexed::Indexed::baseline(index, config).heeding_attended())
         }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
