@@ -185,15 +185,19 @@ impl Kernel for Nearest<'_> {
         let (q2, q3) = rest.split_at(dim);
         let tiles = self.tiles.data.chunks_exact(dim * TILE).zip(self.tiles.lift.chunks_exact(TILE));
         for (t, (tile, lift)) in tiles.enumerate() {
-            let mut sums = [[0.0f32; TILE]; QUERIES];
-            for (d, row) in tile.chunks_exact(TILE).enumerate() {
-                let x = [q0[d], q1[d], q2[d], q3[d]];
-                for (sums, x) in sums.iter_mut().zip(x) {
-                    for (s, &y) in sums.iter_mut().zip(row) {
-                        *s += x * y;
-                    }
+            // Four named arrays stay in four registers; an array of arrays does not (the build at 128K tokens took 8 times longer).
+            let (mut s0, mut s1, mut s2, mut s3) =
+                ([0.0f32; TILE], [0.0f32; TILE], [0.0f32; TILE], [0.0f32; TILE]);
+            let heads = q0.iter().zip(q1).zip(q2).zip(q3);
+            for (row, (((&x0, &x1), &x2), &x3)) in tile.as_chunks::<TILE>().0.iter().zip(heads) {
+                for lane in 0..TILE {
+                    s0[lane] += x0 * row[lane];
+                    s1[lane] += x1 * row[lane];
+                    s2[lane] += x2 * row[lane];
+                    s3[lane] += x3 * row[lane];
                 }
             }
+            let mut sums = [s0, s1, s2, s3];
             let num = (self.tiles.len - t * TILE).min(TILE);
             for ((sums, &own), best) in sums.iter_mut().zip(self.lift).zip(&mut *self.best) {
                 let mut most = f32::NEG_INFINITY;

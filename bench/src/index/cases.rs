@@ -100,7 +100,7 @@ pub fn searches(built: &[Built], budget: usize) -> Vec<Case> {
         };
         match family {
             Family::Dci => {
-                for open in [1.0, 0.5, 0.25, 0.1] {
+                for open in [1.0, 0.5, 0.25, 0.1, 0.05, 0.02] {
                     push(format!("{},open={open}", index.name), open, SearchParams { unit, ..page });
                 }
             }
@@ -109,9 +109,11 @@ pub fn searches(built: &[Built], budget: usize) -> Vec<Case> {
             }
             Family::Icecache => push(index.name.clone(), 1.0, SearchParams { tail: Tail::Off, ..page }),
             Family::Hnsw => {
-                for ef in [256, 512, EF_MAX].into_iter().filter(|&ef| ef > budget) {
-                    let open = ef as f32 / EF_MAX as f32;
-                    push(format!("hnsw:ef={ef}"), open, SearchParams { tail: Tail::Off, ..page });
+                for ef in [32, 64, 128, 256, 512, EF_MAX] {
+                    // Lists narrower than the budget may find fewer tokens than asked for: the heads' lists overlap.
+                    let node_budget = if ef < budget { ef } else { usize::MAX };
+                    let params = SearchParams { tail: Tail::Off, node_budget, ..page };
+                    push(format!("hnsw:ef={ef}"), ef as f32 / EF_MAX as f32, params);
                 }
             }
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use floe::trace::{Rope, SynthRequest, Trace};
+use floe::trace::{Rope, Rotation, SynthRequest, Trace};
 use floe_index::{Batch, Query};
 use half::bf16;
 
@@ -58,6 +58,56 @@ impl Data {
         let trace = read?;
         removed.with_context(|| format!("cannot remove {}", path.display()))?;
         Self::of(&trace, "synthetic".to_owned(), n, num_queries)
+    }
+
+    /// `n` tokens that repeat the prefilled part of a trace as often as it takes, ending where it ends; every token is turned by
+    /// rotary embedding from its old position to its new one, as if the text had been read again and again. Queries follow
+    /// likewise.
+    pub fn tiled(trace: &Trace, n: usize, num_queries: usize) -> anyhow::Result<Self> {
+        let meta = trace.meta();
+        let (dim, first) = (meta.head_dim, meta.first_query_pos);
+        let most = Self::most(trace);
+        ensure!(n > 0 && most > 0, "{} has no tokens before its first query", trace.name());
+        let rotation = Rotation::new(meta.rope, dim, meta.rope_theta);
+        let mut turned = vec![0.0f64; dim];
+        let mut turn = |row: &[bf16], by: f64, to: &mut Vec<f32>| {
+            turned.iter_mut().zip(row).for_each(|(t, x)| *t = x.to_f64());
+            rotation.rotate(&mut turned, by);
+            to.extend(turned.iter().map(|&x| bf16::from_f64(x).to_f32()));
+        };
+        let num_inserted = NUM_INSERTED.min(meta.num_tokens - first);
+        let (mut keys, mut values, mut rows) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 0..n + num_inserted {
+            // Counted back from the end of the prefill, so that the last repetition is whole.
+            let source = if i < n { first - 1 - (n - 1 - i) % most } else { first + i - n };
+            let row = source * dim..(source + 1) * dim;
+            turn(&trace.k()[row.clone()], (NUM_SINKS + i) as f64 - source as f64, &mut keys);
+            values.extend(trace.v()[row.clone()].iter().map(|x| x.to_f32()));
+            if i < n {
+                rows.extend(keys[i * dim..].iter().map(|&x| bf16::from_f32(x)));
+                rows.extend_from_slice(&trace.v()[row]);
+            }
+        }
+        let num_queries = num_queries.min(meta.num_queries);
+        let mut queries = Vec::new();
+        for i in 0..num_queries {
+            let by = (NUM_SINKS + n) as f64 - first as f64;
+            for head in trace.query(i * meta.num_queries / num_queries).chunks_exact(dim) {
+                turn(head, by, &mut queries);
+            }
+        }
+        Ok(Self {
+            name: "tiled".to_owned(),
+            dim,
+            group: meta.group(),
+            num_built: n,
+            ids: (NUM_SINKS..NUM_SINKS + n + num_inserted).map(|t| t as u32).collect(),
+            keys,
+            values,
+            rows,
+            queries,
+            scale: meta.softmax_scale as f32,
+        })
     }
 
     /// The first `n` tokens of a trace after its sinks.

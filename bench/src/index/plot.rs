@@ -30,11 +30,14 @@ fn ink(inks: &mut Inks, family: Family, name: &str) -> Ink {
     }
 }
 
-/// One line per search of the synthetic shards: all rivals, and the tree at a quarter and all of its super-nodes.
+/// One line per search of the first shards of several sizes: all rivals, and the tree at a quarter and all of its super-nodes.
 fn time_by_size(rows: &[Row]) -> anyhow::Result<XyChart> {
+    // The trace itself comes first and has one size.
+    let keys = rows.iter().map(|r| &r.data).find(|d| *d == "tiled" || *d == "synthetic");
+    let keys = keys.context("no shard to plot")?;
     let shown: Vec<&Row> = rows
         .iter()
-        .filter(|r| r.data == "synthetic" && r.op == "search")
+        .filter(|r| &r.data == keys && r.op == "search")
         .filter(|r| r.sketch == "off" || r.sketch == "k2v1" && r.family == Family::Dci)
         .filter(|r| r.family != Family::Dci || r.open == 1.0 || r.open == 0.25)
         .filter(|r| r.family != Family::Hnsw || r.open == 0.25)
@@ -55,6 +58,7 @@ fn time_by_size(rows: &[Row]) -> anyhow::Result<XyChart> {
         let points = shown.iter().filter(|r| r.index == row.index).map(|r| Point::new(r.n as f64, r.us));
         chart.push(Series::line(&row.index, ink(&mut inks, row.family, &row.index), points));
     }
+    chart.note(format!("{keys} keys."));
     Ok(chart)
 }
 
@@ -66,7 +70,8 @@ fn mass_by_time(rows: &[Row]) -> XyChart {
     let y = Axis::linear("Attention mass found").format(NumberFormat::Decimals(3));
     let mut chart = XyChart::new(x, y).with_legend();
     let mut inks = Inks::new();
-    let shown: Vec<&Row> = rows.iter().filter(|r| r.n == n && r.op == "search").collect();
+    let data = rows.iter().find(|r| r.n == n).map_or("", |r| &r.data);
+    let shown: Vec<&Row> = rows.iter().filter(|r| r.n == n && r.data == data && r.op == "search").collect();
     let stem = |r: &Row| r.index.split([',']).next().unwrap_or_default().replace("hnsw:", "hnsw ");
     let name = |r: &Row| if r.family == Family::Hnsw { "hnsw".to_owned() } else { stem(r) };
     let mut names: Vec<String> = Vec::new();
@@ -83,6 +88,6 @@ fn mass_by_time(rows: &[Row]) -> XyChart {
         chart.push(Series::line(&series, ink(&mut inks, row.family, &series), points));
         names.push(series);
     }
-    chart.note(format!("{} tokens.", NumberFormat::Count.show(n as f64)));
+    chart.note(format!("{data} keys, {} tokens.", NumberFormat::Count.show(n as f64)));
     chart
 }

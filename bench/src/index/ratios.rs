@@ -67,9 +67,14 @@ pub fn table(rows: &[Row]) -> anyhow::Result<Table> {
             push(&mut table, &finding)?;
         }
     }
-    table.section("growth, synthetic");
-    for finding in growth(&shards) {
-        push(&mut table, &finding)?;
+    for name in ["tiled", "synthetic"] {
+        let findings = growth(&shards, name);
+        if !findings.is_empty() {
+            table.section(format!("growth, {name}"));
+        }
+        for finding in findings {
+            push(&mut table, &finding)?;
+        }
     }
     Ok(table)
 }
@@ -179,11 +184,11 @@ fn amounts(shard: &Shard<'_>) -> Vec<Finding> {
     findings
 }
 
-/// Cost per token of the largest over that of the 32K synthetic shard.
-fn growth(shards: &[((&str, usize), Shard<'_>)]) -> Vec<Finding> {
-    let synthetic = || shards.iter().filter(|((name, _), _)| *name == "synthetic").map(|(_, s)| s);
+/// Cost per token of the largest over that of the 32K shard of the same keys.
+fn growth(shards: &[((&str, usize), Shard<'_>)], keys: &str) -> Vec<Finding> {
+    let same = || shards.iter().filter(|((name, _), _)| *name == keys).map(|(_, s)| s);
     let (Some(small), Some(large)) =
-        (synthetic().find(|s| s.n == 32_768), synthetic().max_by_key(|s| s.n).filter(|s| s.n > 32_768))
+        (same().find(|s| s.n == 32_768), same().max_by_key(|s| s.n).filter(|s| s.n > 32_768))
     else {
         return Vec::new();
     };

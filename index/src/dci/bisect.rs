@@ -17,30 +17,14 @@ const ROUNDS: usize = 4;
 /// Sets at least this large are cut by two threads.
 const PARALLEL: usize = 4096;
 
-/// Rows `[n, dim]`, row-major f32.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows<'a> {
-    pub data: &'a [f32],
-    pub dim: usize,
-}
-
-impl<'a> Rows<'a> {
-    pub fn len(&self) -> usize {
-        self.data.len() / self.dim
-    }
-
-    pub fn row(&self, i: u32) -> &'a [f32] {
-        &self.data[i as usize * self.dim..][..self.dim]
-    }
-}
-
-/// Orders the rows so that consecutive leaves of at most `target` rows are clusters. Returns the order and the leaf sizes.
-pub(crate) fn bisect(isa: Isa, rows: Rows<'_>, codes: &Codes, target: usize) -> (Vec<u32>, Vec<u32>) {
-    let n = rows.len();
+/// Orders the points so that consecutive leaves of at most `target` points are clusters. Returns the order and the leaf
+/// sizes.
+pub(crate) fn bisect(isa: Isa, codes: &Codes, target: usize) -> (Vec<u32>, Vec<u32>) {
+    let n = codes.len();
     let mut order: Vec<u32> = (0..n as u32).collect();
     let mut sizes = vec![0u32; n.div_ceil(target)];
     if n > 0 {
-        Cut { isa, rows, codes }.split(&mut order, &mut sizes);
+        Cut { isa, codes }.split(&mut order, &mut sizes);
     }
     (order, sizes)
 }
@@ -48,7 +32,6 @@ pub(crate) fn bisect(isa: Isa, rows: Rows<'_>, codes: &Codes, target: usize) -> 
 #[derive(Clone, Copy)]
 struct Cut<'a> {
     isa: Isa,
-    rows: Rows<'a>,
     codes: &'a Codes,
 }
 
@@ -61,11 +44,9 @@ impl Cut<'_> {
         }
         let (n, leaves) = (order.len(), sizes.len());
         let step = n.div_ceil(SAMPLE);
-        let mut sample = Vec::with_capacity(n.div_ceil(step) * self.rows.dim);
-        for &i in order.iter().step_by(step) {
-            sample.extend_from_slice(self.rows.row(i));
-        }
-        let plane = vectorised(self.isa, TwoMeans { sample: &sample, dim: self.rows.dim });
+        let mut sample = vec![0.0; n.div_ceil(step) * self.codes.stride];
+        vectorised(self.isa, Decode { codes: self.codes, order, step, sample: &mut sample });
+        let plane = vectorised(self.isa, TwoMeans { sample: &sample, dim: self.codes.stride });
         drop(sample);
         let mut keyed = Vec::with_capacity(n);
         vectorised(self.isa, Project { plane: &plane, codes: self.codes, order, keyed: &mut keyed });
@@ -89,6 +70,36 @@ impl Cut<'_> {
             self.split(order_left, sizes_left);
             self.split(order_right, sizes_right);
         }
+    }
+}
+
+/// Every `step`-th point as f32.
+struct Decode<'a> {
+    codes: &'a Codes,
+    order: &'a [u32],
+    step: usize,
+    sample: &'a mut [f32],
+}
+
+impl Kernel for Decode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let stride = self.codes.stride;
+        for (row, &i) in self.sample.chunks_exact_mut(stride).zip(self.order.iter().step_by(self.step)) {
+            decode(self.codes, i, 1.0, row);
+        }
+    }
+}
+
+/// `sum += by * point`.
+#[inline(always)]
+pub(super) fn decode(codes: &Codes, i: u32, by: f32, sum: &mut [f32]) {
+    let scale = by * codes.scale[i as usize];
+    let row = &codes.rows[i as usize * codes.stride..][..codes.stride];
+    for (s, &code) in sum.iter_mut().zip(row) {
+        *s += scale * f32::from(code);
     }
 }
 

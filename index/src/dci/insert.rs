@@ -1,7 +1,7 @@
 //! Insertion: tokens wait young; when enough wait, the oldest and its fifteen nearest become a page of the nearest super-node.
 
 use super::Dci;
-use super::bisect::{Rows, bisect};
+use super::bisect::bisect;
 use super::codebook::Codes;
 use crate::blocks::{Blocks, LANES};
 use crate::index::Batch;
@@ -133,8 +133,7 @@ impl Dci {
         for (e, row) in Blocks::entries(block).zip(keys.chunks_exact_mut(dim)) {
             self.pages.blocks.read_key(e, row);
         }
-        let (order, sizes) =
-            bisect(Isa::detect(), Rows { data: &keys, dim }, &Codes::of(&keys, dim), LANES / 2);
+        let (order, sizes) = bisect(Isa::detect(), &Codes::of(&keys, dim), LANES / 2);
         let other = self.pages.blocks.add_blocks(1);
         self.tree.track(0, other + 1);
         for (i, &lane) in order[sizes[0] as usize..].iter().enumerate() {

@@ -7,6 +7,7 @@ mod bisect;
 mod build;
 mod codebook;
 mod insert;
+mod neighbours;
 mod refine;
 mod search;
 mod tree;

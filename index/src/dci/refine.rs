@@ -6,11 +6,11 @@
 
 use rayon::prelude::*;
 
-use super::bisect::Rows;
+use super::bisect::decode;
 use super::codebook::{Codebook, Codes};
 use crate::blocks::LANES;
 use crate::simd::Isa;
-use crate::simd::vectorise::{Kernel, add_scaled, dot, dot_bytes, vectorised};
+use crate::simd::vectorise::{Kernel, dot, dot_bytes, vectorised};
 
 /// Pages as lists of rows, grouped into blocks of at most 16 pages.
 #[derive(Clone, Debug)]
@@ -31,7 +31,7 @@ struct Wish {
 }
 
 struct Mean<'a> {
-    rows: Rows<'a>,
+    codes: &'a Codes,
     members: &'a [u32],
     mean: &'a mut [f32],
 }
@@ -44,16 +44,16 @@ impl Kernel for Mean<'_> {
         self.mean.fill(0.0);
         let share = 1.0 / self.members.len().max(1) as f32;
         for &i in self.members {
-            add_scaled(self.mean, share, self.rows.row(i));
+            decode(self.codes, i, share, self.mean);
         }
     }
 }
 
-/// Mean rows of all pages, `[pages, dim]`.
-pub(crate) fn page_means(isa: Isa, rows: Rows<'_>, pack: &Pack) -> Vec<f32> {
-    let mut means = vec![0.0f32; pack.members.len() * rows.dim];
-    let mean = |(mean, members): (&mut [f32], &Vec<u32>)| vectorised(isa, Mean { rows, members, mean });
-    means.par_chunks_mut(rows.dim).zip(&pack.members).for_each(mean);
+/// Mean rows of all pages, `[pages, stride]`.
+pub(crate) fn page_means(isa: Isa, codes: &Codes, pack: &Pack) -> Vec<f32> {
+    let mut means = vec![0.0f32; pack.members.len() * codes.stride];
+    let mean = |(mean, members): (&mut [f32], &Vec<u32>)| vectorised(isa, Mean { codes, members, mean });
+    means.par_chunks_mut(codes.stride).zip(&pack.members).for_each(mean);
     means
 }
 

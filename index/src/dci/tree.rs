@@ -1,6 +1,6 @@
 //! Everything above the pages: levels of node summaries and the links between them.
 
-use super::bisect::{Rows, bisect};
+use super::bisect::bisect;
 use super::codebook::Codes;
 use crate::blocks::{Blocks, LANES, Summary};
 use crate::error::IndexError;
@@ -115,8 +115,7 @@ impl Tree {
         for (e, row) in Blocks::entries(block).zip(keys.chunks_exact_mut(dim)) {
             nodes.read_key(e, row);
         }
-        let (order, sizes) =
-            bisect(Isa::detect(), Rows { data: &keys, dim }, &Codes::of(&keys, dim), LANES / 2);
+        let (order, sizes) = bisect(Isa::detect(), &Codes::of(&keys, dim), LANES / 2);
         let other = nodes.add_blocks(1);
         for (i, &lane) in order[sizes[0] as usize..].iter().enumerate() {
             let (from, to) = (block * LANES + lane as usize, other * LANES + i);
