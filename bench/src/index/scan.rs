@@ -9,7 +9,7 @@ use super::data::Data;
 #[derive(Default)]
 pub struct Scan {
     scratch: AttendScratch,
-    /// `[group, n]` logits, or shares after [`Scan::softmax`].
+    /// `[group, n]` logits, or shares after `softmax`.
     scores: Vec<f32>,
     /// `[n]` shares summed over the group.
     mass: Vec<f32>,
