@@ -1,7 +1,9 @@
 //! The answer of a search: the selected tokens and what stands for all others.
 
 use crate::blocks::LANES;
-use crate::index::Hit;
+use crate::check;
+use crate::error::IndexError;
+use crate::index::{Hit, Query, TailOut};
 use crate::simd::dense;
 
 /// Level of a part whose entries are young tokens.
@@ -44,6 +46,33 @@ impl Found {
         self.index_bytes_read = 0;
         self.tail_bytes_read = 0;
         self.frontier.clear();
+    }
+}
+
+impl Found {
+    /// Starts the answer of an index that stands for nothing but what it selects.
+    pub(crate) fn begin_without_tail(&mut self, group: usize, stamp: u64) {
+        self.clear();
+        self.frontier.group = group;
+        self.frontier.stamp = stamp;
+        self.frontier.answers = false;
+    }
+
+    /// The tail of such an index: the empty state, after the checks that every tail makes.
+    pub(crate) fn empty_tail(
+        &self,
+        query: &Query<'_>,
+        (dim, stamp): (usize, u64),
+        state: TailOut<'_>,
+    ) -> Result<(), IndexError> {
+        check::query(query, dim)?;
+        check::tail_out(state.out, state.lse, query.group, dim)?;
+        if self.frontier.stamp != stamp || self.frontier.group != query.group {
+            return Err(IndexError::StaleFound);
+        }
+        state.out.fill(0.0);
+        state.lse.fill(f32::NEG_INFINITY);
+        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ mod hnsw;
 mod icecache;
 mod idmap;
 mod index;
+mod keys16;
 mod pages;
 mod quant;
 mod rotate;
@@ -30,7 +31,7 @@ pub use dci::Dci;
 pub use error::{Field, IndexError};
 pub use flat::Flat;
 pub use found::Found;
-pub use hnsw::Hnsw;
+pub use hnsw::{Hnsw, HnswConfig};
 pub use icecache::Icecache;
 pub use index::{
     Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,

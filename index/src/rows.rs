@@ -4,7 +4,7 @@ use crate::check;
 use crate::error::IndexError;
 use crate::found::Found;
 use crate::idmap::{IdMap, Place};
-use crate::index::{Batch, Hit, KeyId, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut};
+use crate::index::{Batch, Hit, KeyId, MAX_DIM, MemoryReport, Query, SearchParams, Tail};
 use crate::scratch::Scratch;
 use crate::simd::Isa;
 use crate::simd::vectorise::{Kernel, dot, vectorised};
@@ -102,18 +102,6 @@ impl Rows {
         rows.check(&batch).map_err(|_| from.damaged("an id occurs twice"))?;
         rows.extend(&batch);
         Ok(rows)
-    }
-
-    /// The empty state, for indexes without summaries.
-    pub fn no_tail(&self, query: &Query<'_>, found: &Found, state: TailOut<'_>) -> Result<(), IndexError> {
-        check::query(query, self.dim)?;
-        check::tail_out(state.out, state.lse, query.group, self.dim)?;
-        if found.frontier.stamp != self.stamp || found.frontier.group != query.group {
-            return Err(IndexError::StaleFound);
-        }
-        state.out.fill(0.0);
-        state.lse.fill(f32::NEG_INFINITY);
-        Ok(())
     }
 
     /// Checks the input of a search and starts an answer whose frontier is `scratch.candidates` and their logits.

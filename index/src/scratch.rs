@@ -1,5 +1,7 @@
 //! Working memory of a search, owned by the caller: one per worker thread.
 
+use crate::hnsw::HnswScratch;
+use crate::icecache::IcecacheScratch;
 use crate::quant::QuantQuery;
 use crate::sketch::PreparedQuery;
 use crate::topk::TopK;
@@ -39,6 +41,8 @@ pub struct Scratch {
     pub(crate) carried: Vec<f32>,
     /// `[group, padded_dim]` sums of value residuals.
     pub(crate) residual: Vec<f32>,
+    pub(crate) hnsw: HnswScratch,
+    pub(crate) icecache: IcecacheScratch,
 }
 
 /// Lanes of one page that are attended elsewhere.

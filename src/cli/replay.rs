@@ -103,7 +103,7 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn open_traces(paths: &[PathBuf]) -> anyhow::Result<Vec<Trace>> {
+pub(super) fn open_traces(paths: &[PathBuf]) -> anyhow::Result<Vec<Trace>> {
     if paths.is_empty() {
         return Ok(vec![Trace::from_bytes(BUNDLED.0, BUNDLED.1.to_vec())?]);
     }
@@ -116,7 +116,7 @@ fn progress_bar(length: usize) -> anyhow::Result<ProgressBar> {
     Ok(ProgressBar::new(length as u64).with_style(style))
 }
 
-fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
+pub(super) fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
     use anyhow::Context;
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -11,6 +11,7 @@ mod spec;
 
 use std::ops::Range;
 
+use floe_index::{Hnsw, HnswConfig, Icecache};
 use half::{bf16, f16};
 
 pub(crate) use oracle::Oracle;
@@ -95,6 +96,24 @@ pub trait Selector: Send + Sync {
         out: floe_cuda::StateMut<'_>,
     ) -> Result<SelectCost>;
 
+    /// Whether `select` or `tail` read rows of `pages`, beyond those that `publish` saw.
+    fn reads_rows(&self) -> bool;
+
+    /// A copy that changes on its own from here on.
+    ///
+    /// # Errors
+    /// When the index cannot be copied.
+    fn fork(&self) -> Result<Box<dyn Selector>>;
+
+    /// State as bytes for [`Self::restored`]; `None` when it is built anew from the rows instead.
+    fn snapshot(&self) -> Option<Vec<u8>>;
+
+    /// A selector with the settings of this one and the state that `bytes` hold, which saw positions `0..published`.
+    ///
+    /// # Errors
+    /// When the bytes are no snapshot of such a selector.
+    fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>>;
+
     /// Bytes kept beside the exact keys and values.
     fn size_bytes(&self) -> usize;
 }
@@ -113,6 +132,14 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
                 KvDtype::F16 => Box::new(quantised::Quantised::<f16>::new(*kind, head_dim)?),
                 KvDtype::F32 => Box::new(quantised::Quantised::<f32>::new(*kind, head_dim)?),
             }
+        }
+        PolicyKind::Icecache => {
+            let index = Icecache::new(config.heads.head_dim(), config.seed)?;
+            Box::new(indexed::Indexed::baseline(index, config))
+        }
+        PolicyKind::Hnsw => {
+            let index = Hnsw::new(config.heads.head_dim(), HnswConfig::default())?;
+            Box::new(indexed::Indexed::baseline(index, config).heeding_attended())
         }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
         PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),

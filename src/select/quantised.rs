@@ -14,6 +14,7 @@ use crate::page::ShardPages;
 use crate::query::GroupQuery;
 use crate::selection::Selection;
 
+#[derive(Clone)]
 pub(super) struct Quantised<E> {
     isa: Isa,
     rows: QuantKv<E>,
@@ -63,6 +64,22 @@ impl<E: KvElem> Selector for Quantised<E> {
         let request = Attend { isa: self.isa, q: query.q, rows: &self.rows, params };
         attend(&request, between.start as usize..between.end as usize, &mut scratch.quant, out)?;
         Ok(SelectCost { bytes_read: self.rows.size_bytes() * between.len() / self.rows.num_rows().max(1) })
+    }
+
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(self.clone()))
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

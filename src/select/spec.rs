@@ -31,6 +31,10 @@ pub enum PolicyKind {
     Oracle,
     /// Pages of similar keys.
     Floe(IndexOptions),
+    /// Top pages of the published one-projection tree.
+    Icecache,
+    /// Top tokens of an HNSW graph.
+    Hnsw,
     /// Full attention over quantised keys and values.
     Quantised(QuantKind),
 }
@@ -62,7 +66,7 @@ impl IndexOptions {
 pub enum SpecError {
     /// No policy of that name.
     #[error(
-        "policy `{0}`: unknown name; known are full, window, quest, pagemean, oracle, floe, int8, int4, kivi2"
+        "policy `{0}`: unknown name; known are full, window, quest, pagemean, icecache, hnsw, oracle, floe, int8, int4, kivi2"
     )]
     Name(String),
     /// The policy has no such option.
@@ -141,6 +145,8 @@ impl FromStr for Policy {
             "window" => plain(PolicyKind::Window)?,
             "quest" => plain(PolicyKind::Quest)?,
             "oracle" => plain(PolicyKind::Oracle)?,
+            "icecache" => plain(PolicyKind::Icecache)?,
+            "hnsw" => plain(PolicyKind::Hnsw)?,
             "int8" => plain(PolicyKind::Quantised(QuantKind::Int8))?,
             "int4" => plain(PolicyKind::Quantised(QuantKind::Int4))?,
             "kivi2" => plain(PolicyKind::Quantised(QuantKind::Kivi2 { residual: KIVI_RESIDUAL }))?,
@@ -209,6 +215,8 @@ mod tests {
             "quest",
             "pagemean",
             "oracle",
+            "icecache",
+            "hnsw",
             "int8",
             "int4",
             "kivi2",

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use floe_index::sketch::SketchConfig;
-use floe_index::{Batch, Dci, Flat, FlatTokens, Hnsw, Icecache, IndexError, KeyIndex, Query};
+use floe_index::{Batch, Dci, Flat, FlatTokens, Hnsw, HnswConfig, Icecache, IndexError, KeyIndex, Query};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -107,14 +107,14 @@ pub fn implementations(dim: usize) -> Vec<Case> {
     });
     cases.push(Case {
         name: "hnsw".into(),
-        index: boxed(Hnsw::new(dim)).unwrap(),
+        index: boxed(Hnsw::new(dim, HnswConfig::default())).unwrap(),
         exact: false,
         summarises: false,
         restore: |bytes| boxed(Hnsw::restore(bytes)),
     });
     cases.push(Case {
         name: "icecache".into(),
-        index: boxed(Icecache::new(dim)).unwrap(),
+        index: boxed(Icecache::new(dim, 0)).unwrap(),
         exact: false,
         summarises: false,
         restore: |bytes| boxed(Icecache::restore(bytes)),
