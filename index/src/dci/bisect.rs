@@ -11,9 +11,9 @@ use crate::simd::vectorise::{
 };
 
 /// Points that a cut looks at to find its direction.
-const SAMPLE: usize = 256;
+const SAMPLE: usize = 128;
 /// 2-means rounds on the sample.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 3;
 /// Sets at least this large are cut by two threads.
 const PARALLEL: usize = 4096;
 
@@ -38,7 +38,6 @@ struct Cut<'a> {
 impl Cut<'_> {
     fn split(self, order: &mut [u32], sizes: &mut [u32]) {
         if sizes.len() == 1 {
-            order.sort_unstable();
             sizes[0] = order.len() as u32;
             return;
         }
@@ -48,20 +47,15 @@ impl Cut<'_> {
         vectorised(self.isa, Decode { codes: self.codes, order, step, sample: &mut sample });
         let plane = vectorised(self.isa, TwoMeans { sample: &sample, dim: self.codes.stride });
         drop(sample);
-        let mut keyed = Vec::with_capacity(n);
-        vectorised(self.isa, Project { plane: &plane, codes: self.codes, order, keyed: &mut keyed });
-        let below = keyed.iter().filter(|k| k.0 < plane.threshold).count();
+        let mut projected = vec![0.0f32; n];
+        vectorised(self.isa, Project { plane: &plane, codes: self.codes, order, projected: &mut projected });
+        let below = projected.iter().filter(|&&p| p < plane.threshold).count();
         // Neither side takes less than a quarter, so the depth stays logarithmic on any data.
         let quarter = (leaves / 4).max(1);
         let left = ((below * leaves + n / 2) / n).clamp(quarter, leaves - quarter);
         let cut = (n * left).div_ceil(leaves);
-        if cut < n {
-            keyed.select_nth_unstable_by(cut, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        }
-        for (o, k) in order.iter_mut().zip(&keyed) {
-            *o = k.1;
-        }
-        drop(keyed);
+        partition(order, &projected, cut);
+        drop(projected);
         let (order_left, order_right) = order.split_at_mut(cut);
         let (sizes_left, sizes_right) = sizes.split_at_mut(left);
         if n >= PARALLEL {
@@ -71,6 +65,30 @@ impl Cut<'_> {
             self.split(order_right, sizes_right);
         }
     }
+}
+
+/// Brings the `cut` points of least projection to the front. Both sides keep their order: points stay in rising order, so
+/// that the passes over their codes run through memory in one direction.
+fn partition(order: &mut [u32], projected: &[f32], cut: usize) {
+    let mut sorted = projected.to_vec();
+    let Some(last) = cut.checked_sub(1) else { return };
+    let (_, &mut pivot, _) = sorted.select_nth_unstable_by(last, f32::total_cmp);
+    drop(sorted);
+    let less = projected.iter().filter(|p| p.total_cmp(&pivot).is_lt()).count();
+    let mut ties = cut - less;
+    let mut right = Vec::with_capacity(order.len() - cut);
+    let mut at = 0;
+    for (i, p) in projected.iter().enumerate() {
+        let side = p.total_cmp(&pivot);
+        if side.is_lt() || (side.is_eq() && ties > 0) {
+            ties -= usize::from(side.is_eq());
+            order[at] = order[i];
+            at += 1;
+        } else {
+            right.push(order[i]);
+        }
+    }
+    order[at..].copy_from_slice(&right);
 }
 
 /// Every `step`-th point as f32.
@@ -188,7 +206,7 @@ struct Project<'a> {
     plane: &'a Plane,
     codes: &'a Codes,
     order: &'a [u32],
-    keyed: &'a mut Vec<(f32, u32)>,
+    projected: &'a mut [f32],
 }
 
 impl Kernel for Project<'_> {
@@ -198,9 +216,9 @@ impl Kernel for Project<'_> {
     fn run(self) {
         let stride = self.codes.stride;
         let direction = &self.plane.direction[..stride];
-        for &i in self.order {
+        for (projected, &i) in self.projected.iter_mut().zip(self.order) {
             let row = &self.codes.rows[i as usize * stride..][..stride];
-            self.keyed.push((dot_bytes(row, direction) as f32 * self.codes.scale[i as usize], i));
+            *projected = dot_bytes(row, direction) as f32 * self.codes.scale[i as usize];
         }
     }
 }

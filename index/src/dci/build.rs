@@ -14,6 +14,8 @@ use crate::simd::Isa;
 const NODE_FILL: usize = 14;
 /// Refinement rounds.
 const ROUNDS: usize = 3;
+/// Refinement rounds above the pages, where there are few points.
+const NODE_ROUNDS: usize = 4;
 /// Neighbouring super-nodes whose pages a token may join.
 const NEARBY: usize = 7;
 
@@ -56,16 +58,7 @@ impl Dci {
             let level = self.tree.top();
             let below = if level == 0 { &self.pages.blocks } else { &self.tree.levels[level - 1] };
             let centres = block_means(below);
-            let (order, sizes) = bisect(self.isa, &Codes::of(&centres, dim), NODE_FILL);
-            let mut rest = order.as_slice();
-            let groups: Vec<Vec<u32>> = sizes
-                .iter()
-                .map(|&size| {
-                    let (group, after) = rest.split_at(size as usize);
-                    rest = after;
-                    group.to_vec()
-                })
-                .collect();
+            let groups = group(self.isa, &Codes::of(&centres, dim));
             self.tree.raise(&self.pages.blocks, &groups);
         }
     }
@@ -85,17 +78,31 @@ fn leaves(order: &[u32], sizes: &[u32]) -> Vec<Vec<u32>> {
 /// Clusters points into pages and blocks of pages. Returns the order in which the pack numbers the points, which keeps those
 /// of a page close together in memory.
 fn pack(isa: Isa, codes: Codes) -> (Vec<u32>, Pack) {
-    let (order, sizes) = bisect(isa, &codes, LANES);
+    let (order, mut pack, codes) = cluster(isa, codes, LANES, ROUNDS);
+    let means = refine::page_means(isa, &codes, &pack);
+    pack.blocks = group(isa, &Codes::of(&means, codes.stride));
+    (order, pack)
+}
+
+/// Clusters nodes into parents.
+fn group(isa: Isa, codes: &Codes) -> Vec<Vec<u32>> {
+    let (order, pack, _) = cluster(isa, codes.clone(), NODE_FILL, NODE_ROUNDS);
+    let back = |members: Vec<u32>| members.into_iter().map(|i| order[i as usize]).collect();
+    pack.members.into_iter().map(back).collect()
+}
+
+/// Bisection and exchange: leaves of about `target` points, at most 16. Returns the order, the leaves in it, and the codes in it.
+fn cluster(isa: Isa, codes: Codes, target: usize, rounds: usize) -> (Vec<u32>, Pack, Codes) {
+    let (order, sizes) = bisect(isa, &codes, target);
     let codes = codes.permuted(&order);
     let numbers: Vec<u32> = (0..order.len() as u32).collect();
     let mut pack = Pack { members: leaves(&numbers, &sizes), blocks: Vec::new() };
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         let means = regroup(isa, &codes, &mut pack);
         let nearby = nearby(isa, &means, &pack);
         refine::round(isa, &codes, &means, &mut pack, &nearby);
     }
-    regroup(isa, &codes, &mut pack);
-    (order, pack)
+    (order, pack, codes)
 }
 
 /// Groups the pages into blocks by their means `[pages, stride]`, which it returns.

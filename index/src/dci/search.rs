@@ -1,7 +1,7 @@
 //! Search: open the nodes that hold most of the estimated mass, level by level, then rank what was opened.
 
 use super::Dci;
-use crate::blocks::{Blocks, LANES};
+use crate::blocks::LANES;
 use crate::error::IndexError;
 use crate::found::Found;
 use crate::index::{KeyId, Query, SearchParams, Tail};
@@ -9,7 +9,7 @@ use crate::scratch::Scratch;
 use crate::search::Pass;
 
 /// Nodes of an upper level are opened until they could hold this many times the super-nodes that will be opened.
-const SLACK: usize = 8;
+const SLACK: usize = 16;
 
 impl Dci {
     pub(super) fn search_tree(
@@ -55,7 +55,7 @@ impl Dci {
             } else {
                 (SLACK * wanted).div_ceil(LANES.pow(level as u32 - 1)).max(1).min(afford / 2)
             };
-            pass.rank_nodes((nodes, first), &mut ranked);
+            pass.rank_nodes(first, &mut ranked);
             let quota = quota.min(ranked.len());
             if quota > 0 && quota < ranked.len() {
                 ranked.select_nth_unstable_by(quota - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
@@ -124,8 +124,7 @@ fn merge(counts: &mut Vec<(u32, u32)>) {
 
 impl Pass<'_> {
     /// Estimated log mass of every node scored since part `first`, largest over the heads, normalised over these nodes.
-    fn rank_nodes(&mut self, (nodes, first): (&Blocks, usize), ranked: &mut Vec<(f32, u32)>) {
-        let extra: f32 = std::env::var("X").map_or(0.0, |x| x.parse().unwrap_or(0.0));
+    fn rank_nodes(&mut self, first: usize, ranked: &mut Vec<(f32, u32)>) {
         self.normalise(first);
         let norm = &self.scratch.norm;
         let frontier = &self.found.frontier;
@@ -136,11 +135,8 @@ impl Pass<'_> {
                 let best = frontier
                     .logits_of(part)
                     .chunks_exact(LANES)
-                    .zip(norm.iter().zip(&self.scratch.quant.spread))
-                    .map(|(row, (norm, by))| {
-                        row[lane] - norm
-                            + extra * by * nodes.spread[frontier.parts[part].block as usize * LANES + lane]
-                    })
+                    .zip(norm)
+                    .map(|(row, norm)| row[lane] - norm)
                     .fold(f32::NEG_INFINITY, f32::max);
                 ranked.push((best + rest[lane].ln(), (part * LANES + lane) as u32));
             }
