@@ -1,6 +1,8 @@
 //! The `floe-bench` command: measurements of floe. Every case verifies its answer before it is timed.
 
 mod attend;
+#[cfg(feature = "cuda")]
+mod kernel;
 mod machine;
 mod stats;
 
@@ -18,10 +20,15 @@ struct Cli {
 enum Command {
     /// Exact attention of one group of query heads over a long context, against the memory bandwidth.
     Attend(attend::Args),
+    /// Device kernels against the copy bandwidth of the device and the link to the host.
+    #[cfg(feature = "cuda")]
+    Kernel(kernel::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Attend(args) => attend::run(&args),
+        #[cfg(feature = "cuda")]
+        Command::Kernel(args) => kernel::run(&args),
     }
 }

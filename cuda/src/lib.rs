@@ -25,6 +25,10 @@ mod rows;
 mod state;
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod device;
+#[cfg(feature = "cuda")]
+pub mod ops;
 pub mod twin;
 
 pub use cpu::{AttendScratch, SplitScratch, dense_decode, score_rows, sparse_decode};

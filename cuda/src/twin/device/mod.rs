@@ -1,0 +1,9 @@
+//! Twins of the device kernels: the same arguments in host slices, the same lists, f64 accumulation, no order tricks.
+
+mod decode;
+mod rows;
+mod states;
+
+pub use decode::{HostKv, HostSpans, TileRows, decode_lists};
+pub use rows::{append_rows, fetch_units};
+pub use states::merge_parts;
