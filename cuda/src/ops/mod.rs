@@ -10,14 +10,18 @@
 mod append_kv;
 mod decode;
 mod fetch;
+mod match_scan;
 mod merge_states;
 mod plan;
+mod scan;
 
 pub use append_kv::{NewRows, append_kv};
 pub use decode::{DecodeArgs, DevState, FetchPages, Lists, Spans, dense_decode, fetch_attend, sparse_decode};
 pub use fetch::{Fetch, fetch_pages, fetch_rows};
+pub use match_scan::{Ring, match_scan};
 pub use merge_states::{MERGE_PARTS_MAX, merge_states};
 pub use plan::{DecodePlan, PlanShape};
+pub use scan::{KeySketches, PageScores, Scan, ScanShape, Scores, Select, Summaries};
 
 use half::{bf16, f16};
 

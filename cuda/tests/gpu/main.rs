@@ -8,6 +8,7 @@
 mod decode;
 mod fetch;
 mod rig;
+mod scan;
 mod states;
 #[path = "../support/mod.rs"]
 mod support;
