@@ -49,14 +49,25 @@ __device__ __forceinline__ float page_weight(const TailParams &p, const __half *
 }
 
 template <typename E, int D, int GROUP, typename T> __device__ __forceinline__ void page_tail(const TailParams &p) {
-    constexpr int PAIRS = D / 2, SPAN = TAIL_THREADS / PAIRS; // threads of a row, rows at a time
-    static_assert(TAIL_THREADS % PAIRS == 0 || D == 96);
+    constexpr int PIECES = D / 8, SPAN = TAIL_THREADS / PIECES; // 16-byte pieces of a row, rows at a time
+    constexpr int TURNS = (TAIL_PAGES + SPAN - 1) / SPAN, AT_ONCE = 4;
     __shared__ float weights[TAIL_PAGES][GROUP];
-    __shared__ float joined[GROUP * D];
+    __shared__ __align__(16) float joined[GROUP * D];
     __shared__ float sums[GROUP];
     __shared__ uint32_t last;
     const uint32_t item = blockIdx.y, first = p.first[item], end = min(p.end[item], p.num_pages);
     const uint32_t begin = first + blockIdx.x * TAIL_PAGES, stop = min(begin + TAIL_PAGES, end);
+    const int piece = threadIdx.x % PIECES, part = threadIdx.x / PIECES;
+    const uint4 *values = static_cast<const uint4 *>(p.values);
+    const bool reads = part < SPAN && begin < stop;
+    uint4 v[AT_ONCE] = {};
+    auto read = [&](int turn) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (reads) v[i] = __ldcs(values + uint64_t(min(begin + (turn + i) * SPAN + part, stop - 1)) * PIECES + piece);
+    };
+    // Values are under way while the weights are made.
+    read(0);
     const T *scores = static_cast<const T *>(p.scores);
     for (int at = threadIdx.x; at < TAIL_PAGES * GROUP; at += TAIL_THREADS) {
         // Neighbouring threads take neighbouring pages of one head: their scores are neighbours.
@@ -65,24 +76,40 @@ template <typename E, int D, int GROUP, typename T> __device__ __forceinline__ v
     }
     for (int at = threadIdx.x; at < GROUP * D; at += TAIL_THREADS) joined[at] = 0;
     __syncthreads();
-    const int pair = threadIdx.x % PAIRS, part = threadIdx.x / PAIRS;
-    float2 acc[GROUP] = {};
-    const uint32_t *values = static_cast<const uint32_t *>(p.values);
-    if (part < SPAN && begin < stop) {
-#pragma unroll 8
-        for (uint32_t i = part; i < TAIL_PAGES; i += SPAN) {
-            const float2 v = wide2<E>(__ldcs(values + uint64_t(min(begin + i, stop - 1)) * PAIRS + pair));
+    float acc[GROUP][8] = {};
+#pragma unroll 1
+    for (int turn = 0; turn < TURNS; turn += AT_ONCE) {
+        if (turn > 0) read(turn);
 #pragma unroll
-            for (int g = 0; g < GROUP; g++) acc[g].x += weights[i][g] * v.x, acc[g].y += weights[i][g] * v.y;
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int row = (turn + i) * SPAN + part;
+            if (!reads || row >= TAIL_PAGES) continue;
+            const float2 x[4] = {wide2<E>(v[i].x), wide2<E>(v[i].y), wide2<E>(v[i].z), wide2<E>(v[i].w)};
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+                const float w = weights[row][g];
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[g][2 * e] += w * x[e].x, acc[g][2 * e + 1] += w * x[e].y;
+            }
         }
     }
-    // Parts in turn, so that the sum has one order.
-    for (int turn = 0; turn < SPAN; turn++) {
+    // Rows of a warp by shuffles where they share it, then parts in turn: the sum has one order.
+    constexpr bool PAIRED = PIECES == 16;
+    if constexpr (PAIRED) {
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) acc[g][e] += __shfl_xor_sync(~0u, acc[g][e], 16);
+        }
+    }
+    for (int turn = 0; turn < SPAN; turn += PAIRED ? 2 : 1) {
         if (part == turn) {
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
-                joined[g * D + 2 * pair] += acc[g].x;
-                joined[g * D + 2 * pair + 1] += acc[g].y;
+                if (g >= int(p.group)) break;
+                float4 *to = reinterpret_cast<float4 *>(joined + g * D + 8 * piece);
+                to[0] = {to[0].x + acc[g][0], to[0].y + acc[g][1], to[0].z + acc[g][2], to[0].w + acc[g][3]};
+                to[1] = {to[1].x + acc[g][4], to[1].y + acc[g][5], to[1].z + acc[g][6], to[1].w + acc[g][7]};
             }
         }
         __syncthreads();

@@ -1,12 +1,13 @@
 // The best units of each item: keys by the largest normalised score of the group, in 4095 steps of 1/128 nat; equal keys by index.
 //
-// Three launches: keys and their histogram (the last block of an item finds the threshold), counts per block above and at the
+// Few units: one block an item does everything, keys in shared memory. Else three launches: keys and their histogram (the last block of an item finds the threshold), counts per block above and at the
 // threshold (the last block turns them into places), and the list. All sums are of integers, so the list never depends on timing.
 #include "summary.cuh"
 
 namespace floe {
 
 constexpr uint32_t BINS = 4096, SELECT_THREADS = 512, SELECT_UNITS = 4096; // units of a block
+
 constexpr float KEY_LOW = -24.f, KEY_STEPS = 128.f;                         // keys span [-24, 8) nats
 
 // Mirrored by `ops::select_topk::SelectParams`.
@@ -25,6 +26,7 @@ struct SelectParams {
     uint32_t *list_end;    // [items] where it ends
     uint32_t *list;        // budget entries an item
     uint32_t group, budget, num_units, list_len;
+    uint32_t units_max;    // of an item: what the keys in shared memory have room for
 };
 
 __device__ __forceinline__ float wide(float x) { return x; }
@@ -62,6 +64,16 @@ __device__ __forceinline__ bool last_of_item(uint32_t *arrived) {
     return last;
 }
 
+// Key 0 is never selected; everything else has at least 1.
+template <typename T>
+__device__ __forceinline__ uint32_t key_of(const SelectParams &p, const T *scores, uint32_t unit, const float (&lse)[16]) {
+    float best = -INFINITY;
+#pragma unroll
+    for (int g = 0; g < 16; g++)
+        if (g < p.group) best = fmaxf(best, wide(scores[score_at(unit / 16, p.group, g, unit % 16)]) - lse[g]);
+    return best > -INFINITY ? uint32_t(fminf(fmaxf((best - KEY_LOW) * KEY_STEPS, 1.f), float(BINS - 1))) : 0;
+}
+
 template <typename T> __device__ __forceinline__ void select_keys(const SelectParams &p) {
     __shared__ uint32_t bins[BINS];
     const uint32_t item = blockIdx.y, first = p.first[item], end = min(p.end[item], p.num_units);
@@ -73,12 +85,7 @@ template <typename T> __device__ __forceinline__ void select_keys(const SelectPa
     const T *scores = static_cast<const T *>(p.scores);
     const uint32_t begin = first + blockIdx.x * SELECT_UNITS, stop = min(begin + SELECT_UNITS, end);
     for (uint32_t unit = begin + threadIdx.x; unit < stop; unit += SELECT_THREADS) {
-        float best = -INFINITY;
-#pragma unroll
-        for (int g = 0; g < 16; g++)
-            if (g < p.group) best = fmaxf(best, wide(scores[score_at(unit / 16, p.group, g, unit % 16)]) - lse[g]);
-        // Key 0 is never selected; everything else has at least 1.
-        const uint32_t key = best > -INFINITY ? uint32_t(fminf(fmaxf((best - KEY_LOW) * KEY_STEPS, 1.f), float(BINS - 1))) : 0;
+        const uint32_t key = key_of(p, scores, unit, lse);
         p.keys[unit] = uint16_t(key);
         if (key) atomicAdd(bins + key, 1);
     }
@@ -103,6 +110,86 @@ template <typename T> __device__ __forceinline__ void select_keys(const SelectPa
         above += count[i];
     }
     if (threadIdx.x == 0 && total <= p.budget) p.threshold[2 * item] = 1, p.threshold[2 * item + 1] = total;
+}
+
+// Exclusive sum over `N` threads; `total` for everyone.
+template <uint32_t N> __device__ __forceinline__ uint32_t scan_wide(uint32_t x, uint32_t &total) {
+    __shared__ uint32_t sums[32];
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint32_t y = x;
+    for (int d = 1; d < 32; d *= 2) {
+        const uint32_t z = __shfl_up_sync(~0u, y, d);
+        if (lane >= d) y += z;
+    }
+    __syncthreads();
+    if (lane == 31) sums[warp] = y;
+    __syncthreads();
+    // Every warp sums the warps itself: cheaper than another barrier.
+    uint32_t w = lane < N / 32 ? sums[lane] : 0;
+    const uint32_t own = w;
+    for (int d = 1; d < 32; d *= 2) {
+        const uint32_t z = __shfl_up_sync(~0u, w, d);
+        if (lane >= d) w += z;
+    }
+    total = __shfl_sync(~0u, w, 31);
+    return __shfl_sync(~0u, w - own, warp) + y - x;
+}
+
+template <typename T> __device__ __forceinline__ void select_one(const SelectParams &p, T minus_infinity) {
+    constexpr uint32_t N = 1024, EACH = BINS / N;
+    extern __shared__ uint16_t one_keys[]; // [units]
+    __shared__ uint32_t bins[BINS];
+    __shared__ uint32_t found[2];
+    const uint32_t item = blockIdx.y, first = p.first[item], end = min(p.end[item], p.num_units);
+    const uint32_t units = end > first ? min(end - first, p.units_max) : 0;
+    for (uint32_t i = threadIdx.x; i < BINS; i += N) bins[i] = 0;
+    float lse[16];
+#pragma unroll
+    for (int g = 0; g < 16; g++) lse[g] = p.lse && g < p.group ? p.lse[item * p.group + g] : 0;
+    __syncthreads();
+    T *scores = static_cast<T *>(p.scores);
+#pragma unroll 4
+    for (uint32_t unit = threadIdx.x; unit < units; unit += N) {
+        const uint32_t key = key_of(p, scores, first + unit, lse);
+        one_keys[unit] = uint16_t(key);
+        if (key) atomicAdd(bins + key, 1);
+    }
+    __syncthreads();
+    const uint32_t top = BINS - 1 - threadIdx.x * EACH;
+    uint32_t mine = 0, total;
+    for (uint32_t i = 0; i < EACH; i++) mine += bins[top - i];
+    uint32_t above = scan_wide<N>(mine, total);
+    for (uint32_t i = 0; i < EACH; i++) {
+        const uint32_t count = bins[top - i];
+        if (above <= p.budget && above + count > p.budget) found[0] = top - i + 1, found[1] = above;
+        above += count;
+    }
+    if (threadIdx.x == 0 && total <= p.budget) found[0] = 1, found[1] = total;
+    __syncthreads();
+    const uint32_t low = found[0], whole = found[1];
+    if (threadIdx.x == 0) p.list_end[item] = p.list_first[item] + min(p.budget, total);
+    uint32_t *list = p.list + p.list_first[item];
+    const uint32_t room = p.list_len - min(p.list_first[item], p.list_len);
+    // Thread i holds consecutive units, so that places follow the index.
+    const uint32_t each = (units + N - 1) / N, begin = min(threadIdx.x * each, units), stop = min(begin + each, units);
+    uint32_t n_above = 0, n_at = 0, ignored;
+    for (uint32_t unit = begin; unit < stop; unit++) {
+        const uint32_t key = one_keys[unit];
+        n_above += key >= low;
+        n_at += key && key + 1 == low;
+    }
+    uint32_t above_at = scan_wide<N>(n_above, ignored), at_at = whole + scan_wide<N>(n_at, ignored);
+    if (n_above + n_at == 0) return;
+    for (uint32_t unit = begin; unit < stop; unit++) {
+        const uint32_t key = one_keys[unit];
+        uint32_t place = p.budget;
+        if (key >= low) place = above_at++;
+        else if (key && key + 1 == low) place = at_at++;
+        if (place >= p.budget || place >= room) continue;
+        const uint32_t at = first + unit;
+        list[place] = p.ids ? p.ids[at] : at;
+        for (uint32_t g = 0; g < p.group; g++) scores[score_at(at / 16, p.group, g, at % 16)] = minus_infinity;
+    }
 }
 
 } // namespace floe
@@ -173,3 +260,8 @@ extern "C" __global__ void __launch_bounds__(floe::SELECT_THREADS)
     select_list_f32(const __grid_constant__ floe::SelectParams p) { select_list<float>(p, -INFINITY); }
 extern "C" __global__ void __launch_bounds__(floe::SELECT_THREADS)
     select_list_f16(const __grid_constant__ floe::SelectParams p) { select_list<__half>(p, __ushort_as_half(0xfc00)); }
+
+extern "C" __global__ void __launch_bounds__(1024)
+    select_one_f32(const __grid_constant__ floe::SelectParams p) { floe::select_one<float>(p, -INFINITY); }
+extern "C" __global__ void __launch_bounds__(1024)
+    select_one_f16(const __grid_constant__ floe::SelectParams p) { floe::select_one<__half>(p, __ushort_as_half(0xfc00)); }

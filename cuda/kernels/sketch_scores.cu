@@ -44,8 +44,15 @@ template <int D, int BITS> __device__ __forceinline__ void sketch_scores(const S
     for (int x = 0; x < 2; x++) minus_lse[x] = row + 8 * x < p.group ? p.lse[item * p.group + row + 8 * x] : 0;
     const uint32_t *lines = static_cast<const uint32_t *>(p.keys);
     __half *scores = static_cast<__half *>(p.scores);
-    for (uint32_t page = first + blockIdx.x * SKETCH_WARPS + warp; page < end; page += gridDim.x * SKETCH_WARPS) {
+    // Everything that a page needs from memory, so that the next page's is under way while this one's is used.
+    struct Page {
         uint32_t words[2][BITS][WORDS];
+        uint32_t scales[2];
+        float count, score[2];
+        uint32_t mask;
+    };
+    auto read = [&](uint32_t page) {
+        Page x;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -53,45 +60,58 @@ template <int D, int BITS> __device__ __forceinline__ void sketch_scores(const S
 #pragma unroll
                 for (int w = 0; w < WORDS; w++) {
                     const int line = WHOLE ? w * 4 + quarter : w;
-                    words[half][bit][w] = __ldcs(lines + ((uint64_t(page) * BITS + bit) * LINES + line) * 16 + half * 8 + row);
+                    x.words[half][bit][w] = __ldcs(lines + ((uint64_t(page) * BITS + bit) * LINES + line) * 16 + half * 8 + row);
                 }
             }
+            x.scales[half] = __ldcs(reinterpret_cast<const uint32_t *>(p.scales) + uint64_t(page) * 8 + half * 4 + quarter);
         }
-        const float count = __ldg(p.log_count + page);
-        const uint32_t mask = count > -INFINITY ? p.masks[page] : 0;
+        x.count = __ldg(p.log_count + page);
+        x.mask = __ldg(p.masks + page);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            x.score[h] = row + 8 * h < p.group ? __ldg(p.page_scores + score_at(page / 16, p.group, row + 8 * h, page % 16)) : 0;
+        return x;
+    };
+    const uint32_t stride = gridDim.x * SKETCH_WARPS;
+    uint32_t page = first + blockIdx.x * SKETCH_WARPS + warp;
+    if (page >= end) return;
+    Page next = read(page);
+    for (; page < end; page += stride) {
+        const Page now = next;
+        if (page + stride < end) next = read(page + stride);
+        const uint32_t mask = now.count > -INFINITY ? now.mask : 0;
         float base[2];
 #pragma unroll
-        for (int x = 0; x < 2; x++) {
-            const bool exists = row + 8 * x < p.group;
-            base[x] = exists ? p.page_scores[score_at(page / 16, p.group, row + 8 * x, page % 16)] - count - minus_lse[x] : 0;
-        }
+        for (int x = 0; x < 2; x++) base[x] = now.score[x] - now.count - minus_lse[x];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float s[4] = {};
+            // Two sums, so that products need not wait for one another.
+            float even[4] = {}, odd[4] = {};
 #pragma unroll
             for (int bit = 0; bit < BITS; bit++) {
-                if (bit > 0) s[0] *= 2, s[1] *= 2, s[2] *= 2, s[3] *= 2;
+#pragma unroll
+                for (int e = 0; e < 4; e++) even[e] *= 2, odd[e] *= 2;
 #pragma unroll
                 for (int w = 0; w < WORDS; w++) {
-                    uint32_t word = words[half][bit][w];
+                    uint32_t word = now.words[half][bit][w];
                     // The byte's low nibble to bits 0 to 3, its high one to bits 16 to 19: the same two-bit step as for words.
                     if constexpr (!WHOLE) word = (word >> (quarter * 8) & 0xf) | (word >> (quarter * 8) & 0xf0) << 12;
 #pragma unroll
                     for (int t = 0; t < STEPS; t++) {
                         const uint32_t b0 = ((word << (15 - 2 * t)) & 0x80008000u) ^ 0xbc00bc00u;
                         const uint32_t b1 = ((word << (14 - 2 * t)) & 0x80008000u) ^ 0xbc00bc00u;
-                        mma<__half>(s, a[w][t], b0, b1);
+                        mma<__half>(t % 2 ? odd : even, a[w][t], b0, b1);
                     }
                 }
             }
             const int column = half * 8 + quarter * 2;
-            const __half2 scales = *reinterpret_cast<const __half2 *>(p.scales + uint64_t(page) * 16 + column);
+            const __half2 scales = *reinterpret_cast<const __half2 *>(&now.scales[half]);
             const float k0 = __low2float(scales), k1 = __high2float(scales);
 #pragma unroll
             for (int x = 0; x < 2; x++) {
                 if (row + 8 * x >= p.group) continue;
                 // Beyond what f16 holds a score is as good as its largest.
-                float s0 = fminf(base[x] + k0 * s[2 * x], 65504.f), s1 = fminf(base[x] + k1 * s[2 * x + 1], 65504.f);
+                float s0 = fminf(base[x] + k0 * (even[2 * x] + odd[2 * x]), 65504.f), s1 = fminf(base[x] + k1 * (even[2 * x + 1] + odd[2 * x + 1]), 65504.f);
                 if (!(mask >> column & 1)) s0 = -INFINITY;
                 if (!(mask >> (column + 1) & 1)) s1 = -INFINITY;
                 *reinterpret_cast<__half2 *>(scores + score_at(page, p.group, row + 8 * x, column)) = __floats2half2_rn(s0, s1);
@@ -103,7 +123,7 @@ template <int D, int BITS> __device__ __forceinline__ void sketch_scores(const S
 } // namespace floe
 
 #define SKETCH_SCORES(D, BITS)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(floe::SKETCH_WARPS * 32)                                                     \
+    extern "C" __global__ void __launch_bounds__(floe::SKETCH_WARPS * 32, D == 256 ? 1 : 2) \
         sketch_scores_k##BITS##_d##D(const __grid_constant__ floe::ScoreParams p) {                                           \
         floe::sketch_scores<D, BITS>(p);                                                                                      \
     }

@@ -18,6 +18,9 @@ use crate::device::{DevMut, DevRef, Device, DeviceBuffer, DeviceError, Launch, S
 /// As in the kernels.
 const SCORE_WARPS: u32 = 8;
 const SELECT_UNITS: u32 = 4096;
+/// Units up to which one block selects for an item: 16 K of them took it less time than three launches, and keys of 64 K fit
+/// into shared memory.
+const SELECT_ONE_MAX: u32 = 16_384;
 const BINS: usize = 4096;
 const TAIL_PAGES: u32 = 128;
 
@@ -142,6 +145,7 @@ struct SelectParams {
     budget: u32,
     num_units: u32,
     list_len: u32,
+    units_max: u32,
 }
 
 /// What to select and where to put it.
@@ -377,7 +381,16 @@ impl Scan {
             budget: select.budget,
             num_units: word("units", num_pages * per_page)?,
             list_len: word("list", select.list.len())?,
+            units_max: word("units", pages_max * per_page)?,
         };
+        if params.units_max <= SELECT_ONE_MAX {
+            let shared_bytes = 2 * params.units_max;
+            let kernel =
+                stream.device().kernel("select_topk", &format!("select_one_{suffix}"), 2 * SELECT_ONE_MAX)?;
+            let launch = Launch { blocks: (1, word("items", items)?), threads: 1024, shared_bytes };
+            // SAFETY: the layouts match and every buffer has the checked shape.
+            return unsafe { kernel.launch(stream, launch, &params) };
+        }
         let blocks = word("units", pages_max * per_page)?.div_ceil(SELECT_UNITS).max(1);
         let launch = Launch { blocks: (blocks, word("items", items)?), threads: 512, shared_bytes: 0 };
         for name in
