@@ -1,7 +1,8 @@
 // The state of what was not selected, by the pages' mean values: weight of a page = sum of e^(score - lse) of its units.
 //
 // Selected units have score -inf by now and weigh nothing. Weights are relative to the known log-sum-exp of all pages, so no
-// running maximum is needed. A block takes 128 pages, the last block of an item joins in order.
+// running maximum is needed. A block takes 128 pages at a time, as many blocks as run at once: the last block of an item
+// joins their partial states in order, and that took most of the time with a block for every 128 pages (152 us at 64 K pages).
 #include "summary.cuh"
 
 namespace floe {
@@ -56,43 +57,54 @@ template <typename E, int D, int GROUP, typename T> __device__ __forceinline__ v
     __shared__ float sums[GROUP];
     __shared__ uint32_t last;
     const uint32_t item = blockIdx.y, first = p.first[item], end = min(p.end[item], p.num_pages);
-    const uint32_t begin = first + blockIdx.x * TAIL_PAGES, stop = min(begin + TAIL_PAGES, end);
     const int piece = threadIdx.x % PIECES, part = threadIdx.x / PIECES;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint4 *values = static_cast<const uint4 *>(p.values);
-    const bool reads = part < SPAN && begin < stop;
-    uint4 v[AT_ONCE] = {};
-    auto read = [&](int turn) {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (reads) v[i] = __ldcs(values + uint64_t(min(begin + (turn + i) * SPAN + part, stop - 1)) * PIECES + piece);
-    };
-    // Values are under way while the weights are made.
-    read(0);
     const T *scores = static_cast<const T *>(p.scores);
-    for (int at = threadIdx.x; at < TAIL_PAGES * GROUP; at += TAIL_THREADS) {
-        // Neighbouring threads take neighbouring pages of one head: their scores are neighbours.
-        const uint32_t g = at / TAIL_PAGES, page = begin + at % TAIL_PAGES;
-        weights[at % TAIL_PAGES][g] = g < p.group && page < stop ? page_weight(p, scores, page, g, p.lse[item * p.group + g]) : 0;
-    }
     for (int at = threadIdx.x; at < GROUP * D; at += TAIL_THREADS) joined[at] = 0;
-    __syncthreads();
     float acc[GROUP][8] = {};
+    float weight_sum[(GROUP + TAIL_WARPS - 1) / TAIL_WARPS] = {};
+    for (uint32_t begin = first + blockIdx.x * TAIL_PAGES; begin < end; begin += gridDim.x * TAIL_PAGES) {
+        const uint32_t stop = min(begin + TAIL_PAGES, end);
+        uint4 v[AT_ONCE] = {};
+        auto read = [&](int turn) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (part < SPAN) v[i] = __ldcs(values + uint64_t(min(begin + (turn + i) * SPAN + part, stop - 1)) * PIECES + piece);
+        };
+        // Values are under way while the weights are made.
+        read(0);
+        for (int at = threadIdx.x; at < TAIL_PAGES * GROUP; at += TAIL_THREADS) {
+            // Neighbouring threads take neighbouring pages of one head: their scores are neighbours.
+            const uint32_t g = at / TAIL_PAGES, page = begin + at % TAIL_PAGES;
+            weights[at % TAIL_PAGES][g] = g < p.group && page < stop ? page_weight(p, scores, page, g, p.lse[item * p.group + g]) : 0;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < int(sizeof(weight_sum) / sizeof(float)); i++) {
+            const int g = warp + i * TAIL_WARPS;
+            if (g < GROUP)
+                for (int at = lane; at < TAIL_PAGES; at += 32) weight_sum[i] += weights[at][g];
+        }
 #pragma unroll 1
-    for (int turn = 0; turn < TURNS; turn += AT_ONCE) {
-        if (turn > 0) read(turn);
+        for (int turn = 0; turn < TURNS; turn += AT_ONCE) {
+            if (turn > 0) read(turn);
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int row = (turn + i) * SPAN + part;
-            if (!reads || row >= TAIL_PAGES) continue;
-            const float2 x[4] = {wide2<E>(v[i].x), wide2<E>(v[i].y), wide2<E>(v[i].z), wide2<E>(v[i].w)};
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int row = (turn + i) * SPAN + part;
+                if (part >= SPAN || row >= TAIL_PAGES) continue;
+                const float2 x[4] = {wide2<E>(v[i].x), wide2<E>(v[i].y), wide2<E>(v[i].z), wide2<E>(v[i].w)};
 #pragma unroll
-            for (int g = 0; g < GROUP; g++) {
-                const float w = weights[row][g];
+                for (int g = 0; g < GROUP; g++) {
+                    const float w = weights[row][g];
 #pragma unroll
-                for (int e = 0; e < 4; e++) acc[g][2 * e] += w * x[e].x, acc[g][2 * e + 1] += w * x[e].y;
+                    for (int e = 0; e < 4; e++) acc[g][2 * e] += w * x[e].x, acc[g][2 * e + 1] += w * x[e].y;
+                }
             }
         }
+        __syncthreads();
     }
+    __syncthreads();
     // Rows of a warp by shuffles where they share it, then parts in turn: the sum has one order.
     constexpr bool PAIRED = PIECES == 16;
     if constexpr (PAIRED) {
@@ -114,13 +126,13 @@ template <typename E, int D, int GROUP, typename T> __device__ __forceinline__ v
         }
         __syncthreads();
     }
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint64_t state = uint64_t(item) * gridDim.x + blockIdx.x;
-    for (int g = warp; g < int(p.group); g += TAIL_WARPS) {
-        float sum = 0;
-        for (int i = lane; i < TAIL_PAGES; i += 32) sum += weights[i][g];
+#pragma unroll
+    for (int i = 0; i < int(sizeof(weight_sum) / sizeof(float)); i++) {
+        float sum = weight_sum[i];
         for (int x = 16; x; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
-        if (lane == 0) p.part_sum[state * p.group + g] = sum;
+        const int g = warp + i * TAIL_WARPS;
+        if (lane == 0 && g < int(p.group)) p.part_sum[state * p.group + g] = sum;
     }
     for (int at = threadIdx.x; at < int(p.group) * D; at += TAIL_THREADS) p.part_out[state * p.group * D + at] = joined[at];
     __threadfence();
@@ -142,7 +154,7 @@ template <typename E, int D, int GROUP, typename T> __device__ __forceinline__ v
     __syncthreads();
     for (int at = threadIdx.x; at < int(p.group) * D; at += TAIL_THREADS) {
         float x = 0;
-#pragma unroll 8
+#pragma unroll 16
         for (uint32_t s = 0; s < gridDim.x; s++) x += __ldcg(p.part_out + (start + s) * p.group * D + at);
         const float sum = sums[at / D];
         p.out[uint64_t(item) * p.group * D + at] = sum > 0 ? x / sum : 0;

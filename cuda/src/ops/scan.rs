@@ -190,7 +190,7 @@ impl Scan {
             blocks.min(fill).max(1)
         };
         let score_blocks = per_item(3, pages.div_ceil(16 * SCORE_WARPS));
-        let tail_blocks = pages.div_ceil(TAIL_PAGES).max(1);
+        let tail_blocks = per_item(2, pages.div_ceil(TAIL_PAGES));
         let states = shape.items * tail_blocks.max(score_blocks) as usize * shape.group;
         let select_blocks = (pages * 16).div_ceil(SELECT_UNITS).max(1) as usize;
         Ok(Self {

@@ -228,6 +228,10 @@ fn pages_are_scored_selected_and_summed_as_their_twins_do() {
         }
     }
     check::<bf16>(&Case { group: 4, d: 128, lens: &[9_000, 20], budget: 64, bits: None });
+    // More units than one block selects among.
+    check::<bf16>(&Case { group: 2, d: 64, lens: &[20_000, 50], budget: 300, bits: None });
+    // So many items that a block of the tail takes several parts of one.
+    check::<bf16>(&Case { group: 4, d: 128, lens: &[600; 120], budget: 8, bits: None });
 }
 
 #[test]
