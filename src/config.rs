@@ -1,8 +1,38 @@
 //! What the user asks for, and its validation.
 
+use std::path::PathBuf;
+
 use crate::error::{Error, Result};
+use crate::page::Unit;
+use crate::policy::{EvictionKind, PrefetchKind};
 use crate::select::Policy;
 use crate::shape::{HeadShape, KvDtype, PAGE_TOKENS};
+
+/// Slots of one kv head at most: row numbers within the slots' memory must fit 31 bits.
+const SLOTS_MAX: usize = 1 << 26;
+
+/// Hot tier of every kv head. What is hot never changes a result, only time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HotConfig {
+    /// Slots of one unit each; 0 = no hot tier, attention reads the warm tier where it lies. On the CPU backend that is the
+    /// quickest, since slots are host memory too.
+    pub slots: usize,
+    /// What one slot holds.
+    pub unit: Unit,
+    /// Which units give way.
+    pub eviction: EvictionKind,
+    /// What is brought in before it is asked for.
+    pub prefetch: PrefetchKind,
+}
+
+/// Cold tier: where keys and values go that memory has no room for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ColdConfig {
+    /// Folder of the cold files; must exist. They are removed when the engine is dropped.
+    pub folder: PathBuf,
+    /// Bytes of warm keys and values, all sequences together, above which full slabs are written out.
+    pub warm_limit_bytes: usize,
+}
 
 /// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before
 /// `Engine::open`, which validates all of them.
@@ -24,7 +54,15 @@ pub struct Config {
     pub window: usize,
     /// The first layers that stay dense, whatever the policy.
     pub dense_layers: usize,
-    /// Worker threads; 0 = one per core.
+    /// Hot tier of every kv head.
+    pub hot: HotConfig,
+    /// Cold tier; `None` = everything stays in memory.
+    pub cold: Option<ColdConfig>,
+    /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
+    /// is attended exactly over its span, whatever the policy. Empty = no layer is limited, else `[num_layers]`.
+    pub spans: Vec<Option<usize>>,
+    /// Own worker threads; 0 = the rayon pool that the caller is in, else rayon's global one (one thread per core, or as
+    /// many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
     pub threads: usize,
     /// Seed of everything random: projections, rotations, sampling.
     pub seed: u64,
@@ -43,6 +81,9 @@ impl Config {
             sinks: 16,
             window: 64,
             dense_layers: 0,
+            hot: HotConfig::default(),
+            cold: None,
+            spans: Vec::new(),
             threads: 0,
             seed: 0,
         }
@@ -80,6 +121,20 @@ impl Config {
                 format!("the model has {} layers", self.num_layers),
             ));
         }
+        if self.hot.slots > SLOTS_MAX {
+            return Err(Error::config("hot.slots", self.hot.slots, format!("must be at most {SLOTS_MAX}")));
+        }
+        if !self.spans.is_empty() && self.spans.len() != self.num_layers {
+            let got = format!("{} layers", self.spans.len());
+            return Err(Error::config(
+                "spans",
+                got,
+                format!("must be empty or have {} layers", self.num_layers),
+            ));
+        }
+        if let Some(layer) = self.spans.iter().position(|span| *span == Some(0)) {
+            return Err(Error::config("spans", 0, format!("layer {layer} must attend at least 1 token")));
+        }
         if self.threads > 4096 {
             return Err(Error::config("threads", self.threads, "must be at most 4096"));
         }
@@ -96,11 +151,15 @@ mod tests {
         let heads = HeadShape::new(4, 2, 64).unwrap();
         let ok = Config::new(2, heads, KvDtype::Bf16);
         assert!(ok.validate().is_ok());
-        let cases: [(&str, Config); 6] = [
+        let hot = HotConfig { slots: 1 << 30, ..HotConfig::default() };
+        let cases: [(&str, Config); 9] = [
+            ("hot.slots", Config { hot, ..ok.clone() }),
             ("num_layers", Config { num_layers: 0, ..ok.clone() }),
             ("window", Config { window: 15, ..ok.clone() }),
             ("budget", Config { budget: 79, ..ok.clone() }),
             ("dense_layers", Config { dense_layers: 3, ..ok.clone() }),
+            ("spans", Config { spans: vec![None], ..ok.clone() }),
+            ("spans", Config { spans: vec![None, Some(0)], ..ok.clone() }),
             ("threads", Config { threads: 5000, ..ok.clone() }),
             ("sinks", Config { sinks: 1 << 40, ..ok.clone() }),
         ];

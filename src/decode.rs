@@ -6,20 +6,22 @@
 
 use rayon::prelude::*;
 
-use crate::attend::{AttendScratch, AttentionBackend, Tokens};
+use crate::attend::{AttendScratch, AttentionBackend, HotTokens, Tokens};
 use crate::config::Config;
 use crate::error::Result;
 use crate::page::PageTable;
 use crate::plan::{HeadPath, StepFacts, choose};
+use crate::policy::PrefetchKind;
 use crate::prefill::publish;
 use crate::query::GroupQuery;
-use crate::select::{SelectRequest, SelectScratch};
+use crate::select::{SelectCost, SelectRequest, SelectScratch};
 use crate::selection::Selection;
 use crate::sequence::{LayerShards, Shard};
 use crate::shape::PageShape;
+use crate::sim::Clock;
 use crate::state::StateBuf;
-use crate::step::{ShardReport, StepReport};
-use crate::transfer::Transfer;
+use crate::step::{ShardReport, Stage, StepReport, Watch};
+use crate::transfer::Fetched;
 use crate::view::{TensorView, widen};
 
 /// Working memory of one worker thread; everything a step needs beyond the shard.
@@ -33,6 +35,7 @@ pub(crate) struct Workspace {
     attend: AttendScratch,
     state: StateBuf,
     tail: StateBuf,
+    guess: Vec<u32>,
 }
 
 /// Workspaces not in use. A stack rather than one per thread: a worker that waits inside the exact path may start on
@@ -54,7 +57,7 @@ impl WorkspacePool {
 pub(crate) struct StepContext<'a> {
     pub(crate) config: &'a Config,
     pub(crate) backend: &'a dyn AttentionBackend,
-    pub(crate) transfer: &'a dyn Transfer,
+    pub(crate) clock: &'a dyn Clock,
     pub(crate) workspaces: &'a WorkspacePool,
     pub(crate) layer: usize,
     pub(crate) scale: f32,
@@ -72,6 +75,7 @@ pub(crate) fn decode_layer(
 ) -> Result<()> {
     let per_shard = step.config.heads.group() * step.config.heads.head_dim();
     report.shards.resize_with(layer.shards.len(), ShardReport::default);
+    let span = layer.span;
     layer
         .shards
         .par_iter_mut()
@@ -80,7 +84,7 @@ pub(crate) fn decode_layer(
         .enumerate()
         .try_for_each(|(head, ((shard, out), report))| {
             let mut space = step.workspaces.take();
-            let done = decode_shard(step, (head, shard), &mut space, out, report);
+            let done = decode_shard(step, (head, shard, span), &mut space, out, report);
             step.workspaces.put(space);
             done
         })
@@ -88,12 +92,16 @@ pub(crate) fn decode_layer(
 
 fn decode_shard(
     step: &StepContext<'_>,
-    (head, shard): (usize, &mut Shard),
+    (head, shard, span): (usize, &mut Shard, Option<usize>),
     space: &mut Workspace,
     out: &mut [f32],
     report: &mut ShardReport,
 ) -> Result<()> {
-    publish(shard)?;
+    let mut watch = Watch::start(step.clock);
+    if span.is_none() {
+        publish(shard)?;
+    }
+    watch.lap(Stage::Publish);
     let config = step.config;
     let (group, head_dim) = (config.heads.group(), config.heads.head_dim());
     let num_tokens = shard.pages.num_tokens() as u32;
@@ -103,19 +111,24 @@ fn decode_shard(
     load_query(&step.q, head, group, &mut space.q);
     let query = GroupQuery { q: &space.q, group, scale: step.scale };
 
+    watch.lap(Stage::Query);
+
     // 2 reuse match
     let matched = match &step.q_pre {
-        Some(q_pre) => {
+        Some(q_pre) if span.is_none() => {
             load_query(q_pre, head, group, &mut space.q_pre);
             shard.reuse.probe(&space.q_pre, position)
         }
-        None => None,
+        Some(_) | None => None,
     };
+
+    watch.lap(Stage::Reuse);
 
     // 3 plan
     let path = choose(&StepFacts {
         num_tokens: num_tokens as usize,
         budget: config.budget,
+        sliding_layer: span.is_some(),
         dense_layer: step.layer < config.dense_layers,
         exact_policy: config.policy.is_exact(),
         reused_tokens: matched.map_or(0, |m| m.covered as usize),
@@ -129,36 +142,57 @@ fn decode_shard(
         HeadPath::Exact | HeadPath::ExactWithinBudget | HeadPath::ExactDenseLayer => {
             selection.reset(num_tokens, 0, 0)
         }
+        HeadPath::ExactSpan => {
+            let attended =
+                span.map_or(num_tokens, |span| num_tokens.min(u32::try_from(span).unwrap_or(u32::MAX)));
+            selection.reset(num_tokens, 0, num_tokens - attended);
+        }
         HeadPath::Reuse => selection.reset(num_tokens, 0, matched.map_or(0, |m| m.covered)),
         HeadPath::Sparse => {
-            let window = num_tokens.saturating_sub(config.window as u32).min(shard.published as u32);
-            selection.reset(num_tokens, config.sinks as u32, window);
-            let budget = config.budget.saturating_sub(selection.num_tokens());
-            for fixed in [&selection.sinks, &selection.window] {
-                let tokens = Tokens::Range(fixed.clone());
-                step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
-            }
-            let request =
-                SelectRequest { query, pages: &shard.pages, budget, attended_lse: &space.state.lse };
-            let cost = shard.selector.select(&request, &mut space.select, selection)?;
+            let cost = select_sparse(
+                step,
+                &query,
+                shard,
+                (selection, &mut space.state),
+                (&mut space.attend, &mut space.select),
+            )?;
             select_bytes = cost.bytes_read;
         }
     }
     debug_assert!(selection.is_well_formed(), "{selection:?}");
 
+    watch.lap(Stage::Select);
+
     // 5 page table
     space.table.resolve(selection);
 
     // 6 fetch
-    let fetched = step.transfer.fetch(&shard.pages, space.table.entries());
+    watch.lap(Stage::Table);
+    let mut hot = shard.hot.as_mut().filter(|_| path == HeadPath::Sparse);
+    if let Some(hot) = &mut hot {
+        hot.demand(&selection.retrieved, &shard.pages)?;
+    }
+    watch.lap(Stage::Fetch);
 
     // 7 attend
+    if path != HeadPath::Sparse {
+        shard.pages.verify(selection.window.clone())?;
+    }
     let tokens = match path {
-        HeadPath::Sparse => Tokens::List(&selection.retrieved),
+        HeadPath::Sparse => match hot.as_ref().map(|hot| hot.view()) {
+            Some((table, memory)) => Tokens::Hot(HotTokens { tokens: &selection.retrieved, table, memory }),
+            None => Tokens::List(&selection.retrieved),
+        },
         _ => Tokens::Range(selection.window.clone()),
     };
     step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
     report.exact_lse.clone_from(&space.state.lse);
+    report.fetched = match hot {
+        Some(hot) => hot.finish(&query, &selection.retrieved, (&shard.pages, &space.state.lse))?,
+        None => Fetched::default(),
+    };
+
+    watch.lap(Stage::Attend);
 
     // 8 merge
     let mut tail_bytes = 0;
@@ -173,15 +207,90 @@ fn decode_shard(
         _ => {}
     }
 
+    watch.lap(Stage::Tail);
+
     // 9 output, commit
     out.copy_from_slice(&space.state.out);
-    if step.q_pre.is_some() && path != HeadPath::Reuse {
+    if step.q_pre.is_some() && !matches!(path, HeadPath::Reuse | HeadPath::ExactSpan) {
         shard.reuse.commit(&space.q_pre, position, &space.state);
     }
+    if config.cold.is_some() {
+        shard.touch(&space.table, position);
+    }
     report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
-    report.fetched = fetched;
+    watch.lap(Stage::Commit);
+    report.stages = watch.times();
     report.index_bytes_read = select_bytes + tail_bytes;
     Ok(())
+}
+
+/// Attends sinks and window, then fills the selection with what the policy finds beside them.
+fn select_sparse(
+    step: &StepContext<'_>,
+    query: &GroupQuery<'_>,
+    shard: &Shard,
+    (selection, state): (&mut Selection, &mut StateBuf),
+    (attend, select): (&mut AttendScratch, &mut SelectScratch),
+) -> Result<SelectCost> {
+    let config = step.config;
+    let num_tokens = shard.pages.num_tokens() as u32;
+    let window = num_tokens.saturating_sub(config.window as u32).min(shard.published as u32);
+    selection.reset(num_tokens, config.sinks as u32, window);
+    let budget = config.budget.saturating_sub(selection.num_tokens());
+    shard.pages.verify(selection.sinks.clone())?;
+    shard.pages.verify(selection.window.clone())?;
+    if shard.selector.reads_rows() {
+        shard.pages.verify(selection.candidates())?;
+    }
+    for fixed in [&selection.sinks, &selection.window] {
+        step.backend.attend(query, &shard.pages, Tokens::Range(fixed.clone()), attend, state)?;
+    }
+    let request = SelectRequest { query: *query, pages: &shard.pages, budget, attended_lse: &state.lse };
+    let cost = shard.selector.select(&request, select, selection)?;
+    shard.pages.verify_tokens(&selection.retrieved)?;
+    Ok(cost)
+}
+
+/// Brings in what the shards of a layer may ask for next. The queries of `step` are those of the layer before.
+pub(crate) fn prefetch_layer(step: &StepContext<'_>, layer: &mut LayerShards) -> Result<()> {
+    let kind = step.config.hot.prefetch;
+    layer.shards.par_iter_mut().enumerate().try_for_each(|(head, shard)| {
+        if shard.hot.is_none() || shard.published == 0 || kind == PrefetchKind::None {
+            return Ok(());
+        }
+        if kind != PrefetchKind::Predicted {
+            return shard.hot.as_mut().map_or(Ok(()), |hot| hot.prefetch(None, &shard.pages));
+        }
+        let mut space = step.workspaces.take();
+        let mut guess = std::mem::take(&mut space.guess);
+        guess.clear();
+        let guessed = guess_shard(step, (head, shard), &mut guess);
+        let fetched = guessed.and_then(|()| match &mut shard.hot {
+            Some(hot) => hot.prefetch(Some(&guess), &shard.pages),
+            None => Ok(()),
+        });
+        space.guess = guess;
+        step.workspaces.put(space);
+        fetched
+    })
+}
+
+/// What a sparse step with these queries would retrieve, appended to `found`.
+pub(crate) fn guess_shard(
+    step: &StepContext<'_>,
+    (head, shard): (usize, &Shard),
+    found: &mut Vec<u32>,
+) -> Result<()> {
+    let heads = step.config.heads;
+    let mut space = step.workspaces.take();
+    load_query(&step.q, head, heads.group(), &mut space.q);
+    let query = GroupQuery { q: &space.q, group: heads.group(), scale: step.scale };
+    space.state.reset(heads.group(), heads.head_dim());
+    let scratch = (&mut space.attend, &mut space.select);
+    let cost = select_sparse(step, &query, shard, (&mut space.selection, &mut space.state), scratch);
+    found.extend_from_slice(&space.selection.retrieved);
+    step.workspaces.put(space);
+    cost.map(|_| ())
 }
 
 /// The group's rows of `[1, num_q_heads, head_dim]` queries, widened to `[group, head_dim]` f32.

@@ -1,17 +1,30 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
+mod persist;
+mod prefill_attend;
+mod spill;
+
 use std::collections::HashMap;
+
+use spill::Patience;
+
+pub use persist::{SEQUENCE_KIND, SavedSequence};
+pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
-use crate::decode::{StepContext, WorkspacePool, decode_layer};
+use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard, prefetch_layer};
 use crate::error::{Error, Result};
-use crate::ids::{LayerId, SeqId};
+use crate::hot::HotShard;
+use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::ShardPages;
+use crate::page::cold::ColdTier;
+use crate::policy::PrefetchKind;
 use crate::prefill;
+use crate::select::Policy;
 use crate::sequence::Sequence;
+use crate::sim::{Clock, SystemClock};
 use crate::step::StepReport;
-use crate::transfer::{InPlace, Transfer};
 use crate::view::TensorView;
 
 /// One token of one layer: what a host engine hands over at its attention.
@@ -67,10 +80,12 @@ pub struct Engine {
     config: Config,
     sequences: HashMap<SeqId, Sequence>,
     next_seq: u64,
-    pool: rayon::ThreadPool,
+    /// Own threads; `None` = those of the caller.
+    pool: Option<rayon::ThreadPool>,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
-    transfer: Box<dyn Transfer>,
+    clock: Box<dyn Clock>,
+    cold: Option<ColdTier<spill::SlabKey>>,
 }
 
 impl Engine {
@@ -80,19 +95,24 @@ impl Engine {
     /// [`Error::Config`] naming the field; [`Error::Pool`] when the threads cannot be started.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(config.threads)
-            .thread_name(|i| format!("floe-{i}"))
-            .build()
-            .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })?;
+        let own_threads = || {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(config.threads)
+                .thread_name(|i| format!("floe-{i}"))
+                .build()
+                .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })
+        };
+        let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
+        let cold = spill::open(&config)?;
         Ok(Self {
             config,
+            cold,
             sequences: HashMap::new(),
             next_seq: 0,
             pool,
             workspaces: WorkspacePool::default(),
             backend: Box::new(CpuBackend::detect()),
-            transfer: Box::new(InPlace),
+            clock: Box::new(SystemClock::start()),
         })
     }
 
@@ -134,7 +154,9 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        self.pool.install(|| prefill::append(shards, k, v))
+        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))?;
+        self.spill(Patience::Prefill);
+        Ok(())
     }
 
     /// Appends one token to one layer and attends with its queries; `out` receives `[num_q_heads, head_dim]` f32. Nothing
@@ -172,10 +194,8 @@ impl Engine {
         }
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
         let num_layers = sequence.layers.len();
-        let layer = sequence
-            .layers
-            .get_mut(step.layer.0)
-            .ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
+        let layer =
+            sequence.layers.get(step.layer.0).ok_or(Error::UnknownLayer { got: step.layer.0, num_layers })?;
         if step.position != layer.num_tokens {
             let expected = layer.num_tokens;
             return Err(Error::Position { seq, layer: step.layer, got: step.position, expected });
@@ -184,7 +204,7 @@ impl Engine {
         let context = StepContext {
             config: &self.config,
             backend: &*self.backend,
-            transfer: &*self.transfer,
+            clock: &*self.clock,
             workspaces: &self.workspaces,
             layer: step.layer.0,
             scale: step.scale,
@@ -192,11 +212,21 @@ impl Engine {
             q_pre: step.q_pre,
         };
         let stored = layer.num_tokens;
-        self.pool.install(|| {
+        let layers = &mut sequence.layers;
+        on_threads(self.pool.as_ref(), || {
+            let layer = &mut layers[step.layer.0];
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
-                .or_else(|error| layer.truncate(stored).and(Err(error)))
-        })
+                .or_else(|error| layer.truncate(stored).and(Err(error)))?;
+            let target = match self.config.hot.prefetch {
+                PrefetchKind::None => return Ok(()),
+                PrefetchKind::Last => step.layer.0,
+                PrefetchKind::NextLayer | PrefetchKind::Predicted => (step.layer.0 + 1) % num_layers,
+            };
+            prefetch_layer(&context, &mut layers[target])
+        })?;
+        self.spill(Patience::Step);
+        Ok(())
     }
 
     /// Builds the indexes of a prefilled sequence now, all shards in parallel, instead of during the first step.
@@ -206,13 +236,51 @@ impl Engine {
     pub fn publish(&mut self, seq: SeqId) -> Result<()> {
         use rayon::prelude::*;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
-        self.pool.install(|| {
+        on_threads(self.pool.as_ref(), || {
             sequence
                 .layers
                 .par_iter_mut()
+                .filter(|l| l.span.is_none())
                 .flat_map(|l| l.shards.par_iter_mut())
                 .try_for_each(prefill::publish)
         })
+    }
+
+    /// Appends to `found`, per kv head and ascending, the positions that a step of `layer` with these queries would retrieve;
+    /// stores nothing and attends to nothing but sinks and window. `q` is `[1, num_q_heads, head_dim]`. A search with
+    /// another layer's queries is a guess at what the layer will ask for. Allocates; meant for profiles.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, queries that do not fit the model, an index that refuses them.
+    pub fn guess(
+        &self,
+        seq: SeqId,
+        layer: LayerId,
+        q: &TensorView<'_>,
+        scale: f32,
+        found: &mut Vec<TokenPos>,
+    ) -> Result<()> {
+        let heads = self.config.heads;
+        q.expect("q", [1, heads.num_q_heads(), heads.head_dim()])?;
+        check_finite("q", q)?;
+        let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        let num_layers = sequence.layers.len();
+        let layer = sequence.layers.get(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
+        let context = StepContext {
+            config: &self.config,
+            backend: &*self.backend,
+            clock: &*self.clock,
+            workspaces: &self.workspaces,
+            layer: 0,
+            scale,
+            q: *q,
+            q_pre: None,
+        };
+        layer
+            .shards
+            .iter()
+            .enumerate()
+            .try_for_each(|(head, shard)| guess_shard(&context, (head, shard), found))
     }
 
     /// Forgets the tokens at and after `num_tokens` in every layer, as speculative decoding does with refused drafts. A
@@ -227,6 +295,45 @@ impl Engine {
                 layer.truncate(num_tokens)?;
             }
         }
+        Ok(())
+    }
+
+    /// Empties the hot tier of a sequence: its next steps take longer and give the same bits.
+    ///
+    /// # Errors
+    /// Unknown sequence.
+    pub fn empty_hot(&mut self, seq: SeqId) -> Result<()> {
+        self.hot_shards(seq)?.for_each(|hot| hot.iter_mut().for_each(HotShard::clear));
+        Ok(())
+    }
+
+    /// Gives every kv head of a sequence another number of slots, empty ones; 0 takes the hot tier away. A sequence that was
+    /// admitted without one has none to resize.
+    ///
+    /// # Errors
+    /// Unknown sequence.
+    pub fn resize_hot(&mut self, seq: SeqId, slots: usize) -> Result<()> {
+        self.hot_shards(seq)?.for_each(|hot| *hot = hot.as_ref().and_then(|hot| hot.resized(slots)));
+        Ok(())
+    }
+
+    fn hot_shards(&mut self, seq: SeqId) -> Result<impl Iterator<Item = &mut Option<HotShard>>> {
+        let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
+        Ok(sequence.layers.iter_mut().flat_map(|l| &mut l.shards).map(|shard| &mut shard.hot))
+    }
+
+    /// Changes how tokens are selected from now on. Every sequence keeps its keys and values; selectors start anew and
+    /// learn all stored tokens with the next step, or with [`Engine::publish`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the budget cannot hold sinks and window; the engine is then unchanged.
+    pub fn set_policy(&mut self, policy: Policy, budget: usize) -> Result<()> {
+        let config = Config { policy, budget, ..self.config.clone() };
+        config.validate()?;
+        for layer in self.sequences.values_mut().flat_map(|sequence| &mut sequence.layers) {
+            layer.shards.iter_mut().try_for_each(|shard| shard.reselect(&config))?;
+        }
+        self.config = config;
         Ok(())
     }
 
@@ -263,7 +370,11 @@ impl Engine {
         Ok(SequenceMemory {
             kv_bytes: shards().map(|s| row_bytes(&s.pages)).sum(),
             kv_allocated_bytes: shards().map(|s| s.pages.size_bytes()).sum(),
-            index_bytes: shards().map(|s| s.selector.size_bytes()).sum(),
+            index_bytes: shards()
+                .map(|s| s.selector.size_bytes() / std::sync::Arc::strong_count(&s.selector))
+                .sum(),
+            hot_bytes: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::size_bytes).sum(),
+            hot_pins_out: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::pins_out).sum(),
         })
     }
 }
@@ -275,8 +386,20 @@ pub struct SequenceMemory {
     pub kv_bytes: usize,
     /// Slabs allocated for them.
     pub kv_allocated_bytes: usize,
-    /// What the policy keeps beside them: summaries, codes, tree.
+    /// What the policy keeps beside them: summaries, codes, tree. What forks share counts in equal parts for each.
     pub index_bytes: usize,
+    /// Slots of the hot tier.
+    pub hot_bytes: usize,
+    /// Pins of the hot tier that were not handed back; between steps anything but 0 is a leak.
+    pub hot_pins_out: usize,
+}
+
+/// Runs `work` on the engine's own threads, or on those that the caller is on.
+fn on_threads<R: Send>(pool: Option<&rayon::ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
+    match pool {
+        Some(pool) => pool.install(work),
+        None => work(),
+    }
 }
 
 fn check_rows(

@@ -70,6 +70,15 @@ pub enum Error {
     /// The index refused its arguments.
     #[error(transparent)]
     Index(#[from] floe_index::IndexError),
+    /// The hot tier's books do not agree: a fault of this program. The step's result is not given out.
+    #[error(transparent)]
+    Offload(#[from] crate::transfer::OffloadError),
+    /// A page file: cannot be read or written, is of another shape, or its frame is damaged.
+    #[error(transparent)]
+    File(#[from] crate::page::file::FileError),
+    /// A cold page that is not what was written. It was not used.
+    #[error(transparent)]
+    Damage(#[from] crate::page::file::Damage),
     /// Environment: the worker pool could not be started.
     #[error("worker pool of {threads} threads: {reason}")]
     Pool {
@@ -84,7 +93,11 @@ impl Error {
     /// Whether the machine is at fault rather than the caller's input.
     #[must_use]
     pub fn is_environment(&self) -> bool {
-        matches!(self, Self::Pool { .. })
+        match self {
+            Self::Pool { .. } | Self::Offload(_) => true,
+            Self::File(error) => error.is_environment(),
+            _ => false,
+        }
     }
 
     pub(crate) fn config(field: &'static str, value: impl Display, reason: impl Into<String>) -> Self {

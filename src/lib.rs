@@ -13,22 +13,28 @@ pub mod view;
 
 mod decode;
 pub mod engine;
+mod hot;
 mod prefill;
 mod sequence;
 
 pub mod attend;
 pub mod page;
 pub mod plan;
+pub mod policy;
 pub mod reuse;
 pub mod select;
+pub mod sim;
 pub mod transfer;
 
+#[cfg(feature = "candle")]
+pub mod host;
+pub mod profile;
 pub mod replay;
 pub mod report;
 pub mod trace;
 
-pub use config::Config;
-pub use engine::{DecodeStep, Engine, SequenceMemory};
+pub use config::{ColdConfig, Config, HotConfig};
+pub use engine::{DecodeStep, Engine, PrefillStep, SavedSequence, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};
 pub use select::{Policy, SpecError};

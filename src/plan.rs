@@ -7,6 +7,8 @@ pub struct StepFacts {
     pub num_tokens: usize,
     /// Tokens that may be attended exactly.
     pub budget: usize,
+    /// Whether the layer attends a limited span only (sliding-window layers).
+    pub sliding_layer: bool,
     /// Whether the configuration keeps this layer dense.
     pub dense_layer: bool,
     /// Whether the policy itself is exact attention.
@@ -25,6 +27,8 @@ pub enum HeadPath {
     ExactWithinBudget,
     /// The configuration keeps this layer dense.
     ExactDenseLayer,
+    /// The tokens of the layer's own span, exactly.
+    ExactSpan,
     /// Sinks, window and retrieved tokens exactly; the policy's tail for the rest.
     Sparse,
     /// An earlier state for the front of the context, the rest exactly.
@@ -35,7 +39,9 @@ pub enum HeadPath {
 /// (invariant 2), and reuse is taken only where the step would otherwise be sparse.
 #[must_use]
 pub const fn choose(facts: &StepFacts) -> HeadPath {
-    if facts.exact_policy {
+    if facts.sliding_layer {
+        HeadPath::ExactSpan
+    } else if facts.exact_policy {
         HeadPath::Exact
     } else if facts.dense_layer {
         HeadPath::ExactDenseLayer
@@ -57,6 +63,7 @@ mod tests {
         let facts = StepFacts {
             num_tokens: 1000,
             budget: 256,
+            sliding_layer: false,
             dense_layer: false,
             exact_policy: false,
             reused_tokens: 0,
@@ -66,6 +73,10 @@ mod tests {
         assert_eq!(choose(&StepFacts { dense_layer: true, ..facts }), HeadPath::ExactDenseLayer);
         assert_eq!(choose(&StepFacts { exact_policy: true, ..facts }), HeadPath::Exact);
         assert_eq!(choose(&StepFacts { reused_tokens: 900, ..facts }), HeadPath::Reuse);
+        assert_eq!(
+            choose(&StepFacts { sliding_layer: true, exact_policy: true, ..facts }),
+            HeadPath::ExactSpan
+        );
         assert_eq!(
             choose(&StepFacts { reused_tokens: 900, budget: 1000, ..facts }),
             HeadPath::ExactWithinBudget

@@ -1,10 +1,12 @@
 //! The `floe-bench` command: measurements of floe. Every case verifies its answer before it is timed.
 
 mod attend;
+mod index;
 #[cfg(feature = "cuda")]
 mod kernel;
 mod machine;
 mod stats;
+mod tiers;
 
 use clap::{Parser, Subcommand};
 
@@ -23,6 +25,10 @@ enum Command {
     /// Device kernels against the copy bandwidth of the device and the link to the host.
     #[cfg(feature = "cuda")]
     Kernel(kernel::Args),
+    /// Build, insertion and search of every index kind over growing numbers of tokens, with kept mass and recall.
+    Index(index::Args),
+    /// Attention over the warm tier's slabs against the same attention over one flat array.
+    Tiers(tiers::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -30,5 +36,7 @@ fn main() -> anyhow::Result<()> {
         Command::Attend(args) => attend::run(&args),
         #[cfg(feature = "cuda")]
         Command::Kernel(args) => kernel::run(&args),
+        Command::Index(args) => index::run(&args),
+        Command::Tiers(args) => tiers::run(&args),
     }
 }

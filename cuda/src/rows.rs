@@ -6,6 +6,9 @@ use std::ops::Range;
 use crate::{KernelError, KvElem};
 
 /// Keys and values of one shard in host memory. A row is `K[head_dim]` followed by `V[head_dim]`.
+///
+/// Any alignment works; slabs that start on a cache line (64 bytes) and rows of whole lines are read fastest: 256 scattered
+/// rows of 512 bytes took 7.6 us from aligned and 11.8 us from misaligned memory. A long run reads equally fast from both.
 pub trait KvRows: Sync {
     /// Element type of keys and values.
     type Elem: KvElem;
@@ -89,7 +92,7 @@ pub(crate) fn checked_run<R: KvRows>(rows: &R, first: usize) -> Result<&[R::Elem
     Ok(run)
 }
 
-/// Key [head_dim] and value [head_dim] of one row.
+/// Key `[head_dim]` and value `[head_dim]` of one row.
 pub(crate) type KeyValue<'a, E> = (&'a [E], &'a [E]);
 
 /// Key and value of `row`, which lies below `num_rows`.
@@ -201,4 +204,55 @@ pub(crate) fn check_len(field: &'static str, len: usize, expected: usize) -> Res
         return Err(KernelError::Length { field, len, expected });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    #[test]
+    fn append_kv_of_same_type_moves_bits_and_of_another_rounds_to_nearest_even() {
+        let quiet = bf16::from_bits(0x7fc1);
+        let (k, v) = ([quiet, bf16::from_bits(1)], [bf16::NEG_ZERO, bf16::MAX]);
+        let mut rows = [bf16::ZERO; 4];
+        append_kv(&k, &v, 1, &mut rows).unwrap();
+        assert_eq!(rows.map(bf16::to_bits), [k[0], v[0], k[1], v[1]].map(bf16::to_bits));
+
+        // Half way between 1 and the next bf16, and between that and its successor.
+        let mut rounded = [bf16::ZERO; 2];
+        append_kv(&[1.0 + 1.0 / 256.0f32], &[1.0 + 3.0 / 256.0], 1, &mut rounded).unwrap();
+        assert_eq!(rounded.map(bf16::to_f32), [1.0, 1.0 + 4.0 / 256.0]);
+
+        let mut half = [f16::ZERO; 2];
+        append_kv(&[bf16::from_f32(1.5)], &[bf16::from_f32(1e9)], 1, &mut half).unwrap();
+        assert_eq!(half, [f16::from_f32(1.5), f16::INFINITY]);
+    }
+
+    #[test]
+    fn append_kv_of_wrong_sizes_is_an_error_that_names_the_buffer() {
+        let x = [0f32; 8];
+        let mut out = [0f32; 8];
+        assert_eq!(append_kv(&x[..4], &x[..4], 0, &mut out), Err(KernelError::EmptyHead));
+        let error = |field, len, expected| Err(KernelError::Length { field, len, expected });
+        assert_eq!(append_kv(&x[..5], &x[..5], 2, &mut out), error("k", 5, 4));
+        assert_eq!(append_kv(&x[..4], &x[..6], 2, &mut out), error("v", 6, 4));
+        assert_eq!(append_kv(&x[..2], &x[..2], 2, &mut out), error("out", 8, 4));
+    }
+
+    #[test]
+    fn gather_rows_copies_listed_rows_bit_for_bit() {
+        let data: Vec<f32> = (0..24).map(|i| f32::from_bits(0x7fc0_0000 + i)).collect();
+        let rows = SliceRows::new(&data, 2).unwrap();
+        let mut out = [0.0; 8];
+        gather_rows(&rows, &Rows::List(&[1, 5]), &mut out).unwrap();
+        let want: Vec<u32> = data[4..8].iter().chain(&data[20..]).map(|x| x.to_bits()).collect();
+        assert_eq!(out.map(f32::to_bits).to_vec(), want);
+        assert_eq!(
+            gather_rows(&rows, &Rows::List(&[6]), &mut out),
+            Err(KernelError::Row { row: 6, num_rows: 6 })
+        );
+        let error = gather_rows(&rows, &Rows::Range(0..3), &mut out);
+        assert_eq!(error, Err(KernelError::Length { field: "out", len: 8, expected: 12 }));
+    }
 }

@@ -38,7 +38,7 @@ impl StateMut<'_> {
         self.lse.fill(f32::NEG_INFINITY);
     }
 
-    /// Refuses buffers of another shape than [group, head_dim] and [group].
+    /// Refuses buffers of another shape than [group, head_dim] and `[group]`.
     pub(crate) fn check(&self, group: usize, head_dim: usize) -> Result<(), KernelError> {
         check_len("out", self.out.len(), group * head_dim)?;
         check_len("lse", self.lse.len(), group)

@@ -137,10 +137,9 @@ fn main() {
     for path in paths {
         let trace = load(&path);
         let mut index: Box<dyn KeyIndex> = match options.get("index", "dci").as_str() {
-            "flat" => Box::new(Flat::new(trace.dim).unwrap()),
-            _ => Box::new(Dci::new(trace.dim).unwrap()),
+            "flat" => Box::new(Flat::with_sketch(trace.dim, sketch).unwrap()),
+            _ => Box::new(Dci::with_sketch(trace.dim, sketch).unwrap()),
         };
-        let _ = sketch;
         let batch = |from: usize, to: usize| {
             let ids: Vec<u32> = (from as u32..to as u32).collect();
             (ids, from * trace.dim..to * trace.dim)
@@ -169,7 +168,9 @@ fn main() {
                 .map(|&(p, segment)| {
                     let size = trace.group * trace.dim;
                     let q = &trace.q[(p - trace.first) * size..(p - trace.first + 1) * size];
-                    let query = Query { q, group: trace.group, scale: trace.scale, attended_lse: &[] };
+                    let always = |q| attend(&trace, q, &mut (0..SINKS).chain(p + 1 - WINDOW..=p)).1;
+                    let lse: Vec<f32> = q.chunks_exact(trace.dim).map(always).collect();
+                    let query = Query { q, group: trace.group, scale: trace.scale, attended_lse: &lse };
                     let exclude: Vec<u32> = ((p + 1 - WINDOW) as u32..=p as u32).collect();
                     let full: Vec<_> =
                         q.chunks_exact(trace.dim).map(|q| attend(&trace, q, &mut (0..=p))).collect();

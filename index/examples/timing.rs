@@ -1,7 +1,7 @@
 //! Time of build, insert, search and tail by size, on one thread, tree against flat scan of the same pages.
 //!
-//! `cargo run --release -p floe-index --example timing -- [n=..,..] [open=..,..]`. Keys are real ones from `FLOE_TRACES` (each copy of the
-//! trace rotated by a random orthogonal perturbation) or synthetic topics when it is unset.
+//! `cargo run --release -p floe-index --example timing -- [n=..,..] [open=..,..] [trace=FILE noise=0.3] [sketch=k1 unit=token]`: keys are noisy
+//! copies of a recorded trace, or topics within topics.
 #![allow(clippy::print_stdout, reason = "a report")]
 #![allow(clippy::unwrap_used, reason = "a tool for the bench: a bad file ends it")]
 
@@ -46,6 +46,42 @@ fn synthetic(n: usize, seed: u64) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     (k, v, q)
 }
 
+/// Copies of a recorded trace, each with its own noise of `by` times a coordinate's deviation, and four heads of its queries.
+fn copies(path: &str, n: usize, by: f32) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let bytes = std::fs::read(path).unwrap();
+    let size = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + size]).unwrap();
+    let tensor = |name: &str| -> Vec<f32> {
+        let at = |i: usize| header[name]["data_offsets"][i].as_u64().unwrap() as usize + 8 + size;
+        let words = bytes[at(0)..at(1)].chunks_exact(2);
+        words.map(|b| half::bf16::from_bits(u16::from_le_bytes([b[0], b[1]])).to_f32()).collect()
+    };
+    let (k, v, q) = (tensor("k"), tensor("v"), tensor("q"));
+    let heads = header["q"]["shape"][1].as_u64().unwrap() as usize;
+    let queries = q.len() / heads / DIM;
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let spread = |rows: &[f32]| -> Vec<f32> {
+        let num = (rows.len() / DIM) as f32;
+        (0..DIM)
+            .map(|d| {
+                let of = || rows.iter().skip(d).step_by(DIM);
+                let mean = of().sum::<f32>() / num;
+                (of().map(|x| (x - mean) * (x - mean)).sum::<f32>() / num).sqrt() * by
+            })
+            .collect()
+    };
+    let (sk, sv) = (spread(&k), spread(&v));
+    let many = |rows: &[f32], spread: &[f32], rng: &mut ChaCha8Rng| -> Vec<f32> {
+        (0..n * DIM).map(|i| rows[i % rows.len()] + spread[i % DIM] * normal(rng)).collect()
+    };
+    let (keys, values) = (many(&k, &sk, &mut rng), many(&v, &sv, &mut rng));
+    let chosen = (0..64).flat_map(|j| {
+        let at = (queries - 450 + j * 7) * heads * DIM;
+        q[at..at + GROUP * DIM].to_vec()
+    });
+    (keys, values, chosen.collect())
+}
+
 /// Time that this thread spent on a processor, so that other work on the machine does not count.
 fn cpu_us() -> f64 {
     let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
@@ -71,20 +107,26 @@ fn main() {
     let rounds: usize = option("rounds", "4").parse().unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     for n in sizes {
-        let (k, v, q) = synthetic(n, 1);
+        let trace = option("trace", "");
+        // The last 4096 tokens are inserted after the build.
+        let all = n + 4096;
+        let (k, v, q) = if trace.is_empty() {
+            synthetic(all, 1)
+        } else {
+            copies(&trace, all, option("noise", "0.3").parse().unwrap())
+        };
         let ids: Vec<u32> = (0..n as u32).collect();
-        let mut dci = Dci::new(DIM).unwrap();
+        let mut dci = Dci::with_sketch(DIM, option("sketch", "off").parse().unwrap()).unwrap();
         let build = pool.install(|| {
             let start = cpu_us();
-            dci.build(&Batch { ids: &ids, keys: &k, values: &v }).unwrap();
+            dci.build(&Batch { ids: &ids, keys: &k[..n * DIM], values: &v[..n * DIM] }).unwrap();
             (cpu_us() - start) / n as f64
         });
-        let (k2, v2, _) = synthetic(4096, 2);
         let inserts = (0..256usize).map(|i| {
             let ids: Vec<u32> = (0..16).map(|j| (n + i * 16 + j) as u32).collect();
-            let span = i * 16 * DIM..(i + 1) * 16 * DIM;
+            let span = (n + i * 16) * DIM..(n + (i + 1) * 16) * DIM;
             let start = Instant::now();
-            dci.insert(&Batch { ids: &ids, keys: &k2[span.clone()], values: &v2[span] }).unwrap();
+            dci.insert(&Batch { ids: &ids, keys: &k[span.clone()], values: &v[span] }).unwrap();
             start.elapsed().as_secs_f64() * 1e6
         });
         let mut inserts: Vec<f64> = inserts.collect();
@@ -105,7 +147,7 @@ fn main() {
         for (name, index, open_fraction) in runs {
             let params = SearchParams {
                 budget: 176,
-                unit: Unit::Page,
+                unit: if option("unit", "page") == "page" { Unit::Page } else { Unit::Token },
                 tail: Tail::Tree,
                 node_budget: usize::MAX,
                 open_fraction,
@@ -135,24 +177,22 @@ fn main() {
                         if name == "flat" {
                             reference.push(picked.clone());
                         }
-                        let of = |ids: &[u32]| -> f64 {
-                            ids.iter()
-                                .filter(|&&t| (t as usize) < n)
+                        // Mean over the heads of the exact mass of the tokens, relative to that of the flat scan's.
+                        let of = |ids: &[u32], q: &[f32]| -> f64 {
+                            let logits: Vec<f64> = ids
+                                .iter()
                                 .map(|&t| {
                                     let key = &k[t as usize * DIM..][..DIM];
-                                    query
-                                        .q
-                                        .chunks_exact(DIM)
-                                        .map(|q| {
-                                            let dot: f32 = q.iter().zip(key).map(|(a, b)| a * b).sum();
-                                            f64::from(dot * query.scale).exp()
-                                        })
-                                        .sum::<f64>()
+                                    let dot: f32 = q.iter().zip(key).map(|(a, b)| a * b).sum();
+                                    f64::from(dot * query.scale)
                                 })
-                                .sum()
+                                .collect();
+                            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                            max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln()
                         };
-                        let base = of(&reference[j]);
-                        mass[0] += of(&picked) / base;
+                        for q in query.q.chunks_exact(DIM) {
+                            mass[0] += (of(&picked, q) - of(&reference[j], q)).exp() / GROUP as f64;
+                        }
                         mass[1] += 1.0;
                     }
                 }

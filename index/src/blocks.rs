@@ -4,10 +4,13 @@
 //! one 512-bit register holds four dimensions of all 16 entries and no horizontal sum is ever needed; values are stored
 //! row by row, as the tail reads them. Entry `e` lies in block `e / 16`, lane `e % 16`. An entry with count 0 is empty.
 
+use crate::error::IndexError;
 use crate::grow::grow_by;
 use crate::index::MAX_DIM;
 use crate::quant::{QUAD, ZERO, quads_of, quantise};
 use crate::simd::Isa;
+use crate::simd::prefetch::prefetch;
+use crate::snapshot::{Reader, Writer};
 
 /// Entries in a block.
 pub(crate) const LANES: usize = 16;
@@ -22,6 +25,8 @@ pub(crate) struct Blocks {
     pub key_scale: Vec<f32>,
     /// `[blocks * 16]` squared length of the key as stored.
     pub key_norm: Vec<f32>,
+    /// `[blocks * 16]` mean squared deviation of a coordinate of the tokens' keys from the mean.
+    pub spread: Vec<f32>,
     /// `[blocks * 16, dim]`
     pub value_codes: Vec<i8>,
     /// `[blocks * 16]`
@@ -54,6 +59,7 @@ impl Blocks {
         grow_by(&mut self.key_codes, num * stride, ZERO);
         grow_by(&mut self.key_scale, entries, 0.0);
         grow_by(&mut self.key_norm, entries, 0.0);
+        grow_by(&mut self.spread, entries, 0.0);
         grow_by(&mut self.value_codes, entries * self.dim, 0);
         grow_by(&mut self.value_scale, entries, 0.0);
         grow_by(&mut self.count, entries, 0);
@@ -70,6 +76,15 @@ impl Blocks {
     /// Range of a block's entries in the arrays by entry.
     pub fn entries(block: usize) -> std::ops::Range<usize> {
         block * LANES..(block + 1) * LANES
+    }
+
+    /// Starts loading what scoring a block reads.
+    pub fn prefetch_keys(&self, block: usize) {
+        prefetch(self.block_keys(block));
+        let entries = Self::entries(block);
+        prefetch(&self.key_scale[entries.clone()]);
+        prefetch(&self.spread[entries.clone()]);
+        prefetch(&self.count[entries]);
     }
 
     /// Value codes `[16, dim]` of a block.
@@ -89,16 +104,15 @@ impl Blocks {
         *scale = quantise(isa, summary.value, codes);
         let mut row = [0i8; MAX_DIM];
         let row = &mut row[..dim];
-        let scale = quantise(isa, summary.key, row);
-        let norm: i64 = row.iter().map(|&c| i64::from(c) * i64::from(c)).sum();
-        self.key_scale[entry] = scale;
-        self.key_norm[entry] = norm as f32 * scale * scale;
+        self.key_scale[entry] = quantise(isa, summary.key, row);
         let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
         for (quad, codes) in row.chunks(QUAD).enumerate() {
             for (slot, &code) in self.key_codes[base + quad * LANES * QUAD..].iter_mut().zip(codes) {
                 *slot = (code as u8) ^ ZERO;
             }
         }
+        self.key_norm[entry] = self.norm_of(entry);
+        self.spread[entry] = summary.spread;
         self.count[entry] = summary.count;
         self.child[entry] = summary.child;
     }
@@ -118,6 +132,7 @@ impl Blocks {
         self.value_codes[entry * dim..(entry + 1) * dim].fill(0);
         self.key_scale[entry] = 0.0;
         self.key_norm[entry] = 0.0;
+        self.spread[entry] = 0.0;
         self.value_scale[entry] = 0.0;
         self.count[entry] = 0;
         self.child[entry] = u32::MAX;
@@ -134,6 +149,7 @@ impl Blocks {
         self.value_codes.copy_within(from * dim..(from + 1) * dim, to * dim);
         self.key_scale[to] = self.key_scale[from];
         self.key_norm[to] = self.key_norm[from];
+        self.spread[to] = self.spread[from];
         self.value_scale[to] = self.value_scale[from];
         self.count[to] = self.count[from];
         self.child[to] = self.child[from];
@@ -157,12 +173,57 @@ impl Blocks {
         }
     }
 
+    /// Appends everything but what follows from the codes.
+    pub fn write_to(&self, to: &mut Writer) {
+        to.len(self.num_blocks());
+        to.bytes(&self.key_codes);
+        to.f32s(&self.key_scale);
+        to.f32s(&self.spread);
+        to.signed(&self.value_codes);
+        to.f32s(&self.value_scale);
+        to.u32s(&self.count);
+        to.u32s(&self.child);
+    }
+
+    /// What `write_to` appended. Links are not checked here.
+    pub fn read_from(dim: usize, from: &mut Reader<'_>) -> Result<Self, IndexError> {
+        let num_blocks = from.len()?;
+        let mut blocks = Self::new(dim);
+        // At most 2^32 blocks of less than 2^18 bytes: no product overflows 64 bits.
+        let entries = num_blocks * LANES;
+        blocks.key_codes = from.take(num_blocks * blocks.key_stride())?.to_vec();
+        blocks.key_scale = from.f32s(entries)?;
+        blocks.spread = from.f32s(entries)?;
+        blocks.value_codes = from.signed(entries * dim)?;
+        blocks.value_scale = from.f32s(entries)?;
+        blocks.count = from.u32s(entries)?;
+        blocks.child = from.u32s(entries)?;
+        blocks.key_norm = vec![0.0; entries];
+        for entry in 0..entries {
+            blocks.key_norm[entry] = blocks.norm_of(entry);
+            let used = blocks.child[entry] != u32::MAX;
+            from.check(used || blocks.count[entry] == 0, "tokens in an unused entry")?;
+        }
+        Ok(blocks)
+    }
+
+    /// Squared length of an entry's key as stored.
+    fn norm_of(&self, entry: usize) -> f32 {
+        let base = (entry / LANES) * self.key_stride() + (entry % LANES) * QUAD;
+        let code = |d: usize| {
+            i64::from(self.key_codes[base + (d / QUAD) * LANES * QUAD + d % QUAD]) - i64::from(ZERO)
+        };
+        let norm: i64 = (0..self.dim).map(|d| code(d) * code(d)).sum();
+        norm as f32 * self.key_scale[entry] * self.key_scale[entry]
+    }
+
     /// Host bytes owned.
     pub fn size_bytes(&self) -> usize {
         self.key_codes.capacity()
             + self.value_codes.capacity()
             + 4 * (self.key_scale.capacity()
                 + self.key_norm.capacity()
+                + self.spread.capacity()
                 + self.value_scale.capacity()
                 + self.count.capacity()
                 + self.child.capacity())
@@ -176,6 +237,8 @@ pub(crate) struct Summary<'a> {
     pub key: &'a [f32],
     /// `[dim]` f32
     pub value: &'a [f32],
+    /// See `Blocks::spread`.
+    pub spread: f32,
     /// Tokens it stands for.
     pub count: u32,
     /// Page, block or token id.

@@ -6,12 +6,14 @@
 use crate::blocks::LANES;
 use crate::check;
 use crate::error::IndexError;
-use crate::found::{Found, YOUNG};
+use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Members, Pages, Removed};
 use crate::scratch::Scratch;
 use crate::search::{Pass, tail};
 use crate::simd::Isa;
+use crate::sketch::SketchConfig;
+use crate::snapshot::{Kind, Reader, Writer};
 
 /// See the module documentation.
 #[derive(Clone, Debug)]
@@ -34,8 +36,27 @@ impl Flat {
     /// # Errors
     /// `Config` when `dim` is 0 or above `MAX_DIM`.
     pub fn new(dim: usize) -> Result<Self, IndexError> {
+        Self::with_sketch(dim, SketchConfig::OFF)
+    }
+
+    /// The same with residual codes beside every page.
+    ///
+    /// # Errors
+    /// `Config` when `dim` is 0 or above `MAX_DIM`.
+    pub fn with_sketch(dim: usize, sketch: SketchConfig) -> Result<Self, IndexError> {
         check_dim(dim)?;
-        Ok(Self { isa: Isa::detect(), pages: Pages::new(dim) })
+        Ok(Self { isa: Isa::detect(), pages: Pages::new(dim, sketch)? })
+    }
+
+    /// The index that `snapshot` wrote.
+    ///
+    /// # Errors
+    /// `Snapshot` for any other bytes.
+    pub fn restore(bytes: &[u8]) -> Result<Self, IndexError> {
+        let mut from = Reader::new(bytes, Kind::Flat)?;
+        let pages = Pages::read_from(&mut from)?;
+        from.finish()?;
+        Ok(Self { isa: Isa::detect(), pages })
     }
 
     /// The same pages, scanned exactly.
@@ -142,9 +163,7 @@ impl KeyIndex for Flat {
             pass.add_pages(block);
         }
         pass.add_all_young();
-        pass.found.frontier.candidates = pass.found.frontier.parts.len();
-        pass.normalise(0);
-        pass.select(params);
+        pass.choose(params);
         Ok(())
     }
 
@@ -156,8 +175,7 @@ impl KeyIndex for Flat {
         scratch: &mut Scratch,
         state: TailOut<'_>,
     ) -> Result<(), IndexError> {
-        let level = |level| if level == YOUNG { &self.pages.young } else { &self.pages.blocks };
-        tail(self.isa, &self.pages, (query, found, scratch), level, state)
+        tail(self.isa, (&self.pages, &[]), (query, found, scratch), state)
     }
 
     fn memory(&self) -> MemoryReport {
@@ -165,6 +183,8 @@ impl KeyIndex for Flat {
     }
 
     fn snapshot(&self) -> Vec<u8> {
-        Vec::new()
+        let mut to = Writer::new(Kind::Flat);
+        self.pages.write_to(&mut to);
+        to.finish()
     }
 }

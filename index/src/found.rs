@@ -1,11 +1,17 @@
 //! The answer of a search: the selected tokens and what stands for all others.
 
 use crate::blocks::LANES;
-use crate::index::Hit;
+use crate::check;
+use crate::error::IndexError;
+use crate::index::{Hit, Query, TailOut};
 use crate::simd::dense;
 
 /// Level of a part whose entries are young tokens.
 pub(crate) const YOUNG: u8 = u8::MAX;
+/// Level of a part whose entries are the tokens of one page; its `block` is the page's place in the frontier.
+pub(crate) const TOKENS: u8 = u8::MAX - 1;
+/// Level of a part of pages that answer in the tail but are not up for selection.
+pub(crate) const SILENT: u8 = u8::MAX - 2;
 
 /// Caller-owned answer of `KeyIndex::search`; reuse it so that nothing is allocated after warm-up.
 #[derive(Debug, Default)]
@@ -14,6 +20,8 @@ pub struct Found {
     pub tokens: Vec<Hit>,
     /// Pages whose summaries were ranked.
     pub pages_opened: usize,
+    /// Pages whose tokens were scored one by one by their codes.
+    pub pages_refined: usize,
     /// Summaries scored at every level, pages included.
     pub nodes_scored: usize,
     /// Bytes of summaries, codes and scales that the search read.
@@ -33,28 +41,56 @@ impl Found {
     pub(crate) fn clear(&mut self) {
         self.tokens.clear();
         self.pages_opened = 0;
+        self.pages_refined = 0;
         self.nodes_scored = 0;
         self.index_bytes_read = 0;
         self.tail_bytes_read = 0;
-        self.frontier.parts.clear();
-        self.frontier.logits.clear();
-        self.frontier.rest.clear();
-        self.frontier.lanes.clear();
+        self.frontier.clear();
     }
 }
+
+impl Found {
+    /// Starts the answer of an index that stands for nothing but what it selects.
+    pub(crate) fn begin_without_tail(&mut self, group: usize, stamp: u64) {
+        self.clear();
+        self.frontier.group = group;
+        self.frontier.stamp = stamp;
+        self.frontier.answers = false;
+    }
+
+    /// The tail of such an index: the empty state, after the checks that every tail makes.
+    pub(crate) fn empty_tail(
+        &self,
+        query: &Query<'_>,
+        (dim, stamp): (usize, u64),
+        state: TailOut<'_>,
+    ) -> Result<(), IndexError> {
+        check::query(query, dim)?;
+        check::tail_out(state.out, state.lse, query.group, dim)?;
+        if self.frontier.stamp != stamp || self.frontier.group != query.group {
+            return Err(IndexError::StaleFound);
+        }
+        state.out.fill(0.0);
+        state.lse.fill(f32::NEG_INFINITY);
+        Ok(())
+    }
+}
+
+/// The same for a page that is not up for selection.
+pub(crate) const SILENT_TOKENS: u8 = u8::MAX - 3;
 
 /// One scored block of the frontier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
-    /// 0 = pages, `l` = tree level `l`, `YOUNG` = young tokens.
+    /// 0 = pages, `l` = tree level `l`, or one of the names above.
     pub level: u8,
     pub block: u32,
 }
 
 /// Every scored block, with what of each entry is left for the tail.
 ///
-/// Parts come in a canonical order (page blocks by index, young tokens, tree levels) so that sums over them have
-/// one order of additions whatever path the search took.
+/// Parts come in a fixed order (tree levels from the top, page blocks by index, young tokens, tokens of pages) so that sums over
+/// them are the same on every run; a search that opened everything has no tree parts and equals a flat scan bit by bit.
 #[derive(Debug, Default)]
 pub(crate) struct Frontier {
     pub parts: Vec<Part>,
@@ -62,10 +98,10 @@ pub(crate) struct Frontier {
     pub logits: Vec<f32>,
     /// `[parts, 16]` tokens of the entry that the tail must answer for.
     pub rest: Vec<f32>,
-    /// `[parts, 16]` lanes of a page that are neither selected nor excluded.
-    pub lanes: Vec<u16>,
-    /// Leading parts that take part in the selection.
-    pub candidates: usize,
+    /// `[parts, 16]` lanes of a page that are selected or excluded.
+    pub taken: Vec<u16>,
+    /// Rows that `logits` and `rest` are about, in an index of single tokens.
+    pub rows: Vec<u32>,
     pub group: usize,
     pub stamp: u64,
     /// Whether the tail is wanted at all.
@@ -73,30 +109,23 @@ pub(crate) struct Frontier {
 }
 
 impl Frontier {
+    /// Forgets all parts.
+    pub fn clear(&mut self) {
+        self.parts.clear();
+        self.logits.clear();
+        self.rest.clear();
+        self.taken.clear();
+        self.rows.clear();
+    }
+
     /// Opens room for one more part and returns its number.
     pub fn push(&mut self, part: Part) -> usize {
         let at = self.parts.len();
         self.parts.push(part);
         self.logits.resize((at + 1) * self.group * LANES, 0.0);
         self.rest.resize((at + 1) * LANES, 0.0);
-        self.lanes.resize((at + 1) * LANES, 0);
+        self.taken.resize((at + 1) * LANES, 0);
         at
-    }
-
-    /// Moves the last `num` parts to the front, keeping all orders.
-    pub fn rotate(&mut self, num: usize) {
-        self.parts.rotate_right(num);
-        self.logits.rotate_right(num * self.group * LANES);
-        self.rest.rotate_right(num * LANES);
-        self.lanes.rotate_right(num * LANES);
-    }
-
-    /// Forgets the parts from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.parts.truncate(len);
-        self.logits.truncate(len * self.group * LANES);
-        self.rest.truncate(len * LANES);
-        self.lanes.truncate(len * LANES);
     }
 
     /// Logits `[group, 16]` of a part.

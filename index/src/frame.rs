@@ -4,6 +4,9 @@
 //! would otherwise spend their range on. A constant shift of all keys adds `q.centre` to every logit of a head, so it never
 //! changes a ranking; it is added back to the tail's lse, and the value centre to the tail's output.
 
+use crate::error::IndexError;
+use crate::snapshot::{Reader, Writer};
+
 /// Shift of one shard.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Frame {
@@ -36,6 +39,20 @@ impl Frame {
             self.key_centre = mean_of(keys, self.dim);
             self.value_centre = mean_of(values, self.dim);
         }
+    }
+
+    /// Appends the centre.
+    pub fn write_to(&self, to: &mut Writer) {
+        to.len(self.key_centre.len());
+        to.f32s(&self.key_centre);
+        to.f32s(&self.value_centre);
+    }
+
+    /// What `write_to` appended.
+    pub fn read_from(dim: usize, from: &mut Reader<'_>) -> Result<Self, IndexError> {
+        let len = from.len()?;
+        from.check(len == 0 || len == dim, "length of the centre")?;
+        Ok(Self { dim, key_centre: from.f32s(len)?, value_centre: from.f32s(len)? })
     }
 
     /// Keys `[n, dim]` into the frame.

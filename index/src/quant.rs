@@ -5,8 +5,9 @@
 //! logit about 0.8 % of the logits' spread. The query is split into two signed bytes so that its own rounding
 //! (1 / 32000 of its largest coordinate) never matters, and so that integer dot products are exact on every instruction set.
 
+use crate::index::Query;
 use crate::simd::Isa;
-use crate::simd::vectorise::{Kernel, largest, nearest_byte, nearest_int, vectorised};
+use crate::simd::vectorise::{Kernel, dot, largest, nearest_byte, nearest_int, vectorised};
 
 /// Codes that one 512-bit register pairs with one query word: four dimensions of sixteen entries.
 pub(crate) const QUAD: usize = 4;
@@ -58,13 +59,16 @@ pub(crate) struct QuantQuery {
     pub words: Vec<i32>,
     /// `[2 * group]` sum of the signed bytes times 128: what the unsigned summary codes add to each dot product.
     pub offset: Vec<i32>,
+    /// `[group]` logit per unit of an entry's spread.
+    pub spread: Vec<f32>,
     /// `[group]` logit per unit of `(256 high + low) * summary scale`.
     pub unit: Vec<f32>,
 }
 
 impl QuantQuery {
-    /// From `q` `[group, dim]` f32 and the softmax scale.
-    pub fn set(&mut self, q: &[f32], group: usize, scale: f32) {
+    /// From `q` `[group, dim]` f32, `query` in the frame of the summaries. `by` is the share of the variance that counts.
+    pub fn set(&mut self, q: &[f32], query: &Query<'_>, by: f32) {
+        let (group, scale) = (query.group, query.scale);
         let dim = q.len() / group.max(1);
         let quads = quads_of(dim);
         self.group = group;
@@ -73,10 +77,12 @@ impl QuantQuery {
         self.offset.clear();
         self.offset.resize(2 * group, 0);
         self.unit.clear();
+        self.spread.clear();
         let isa = Isa::detect();
         for (h, row) in q.chunks_exact(dim).enumerate() {
             let unit = vectorised(isa, Split { row, head: h, query: self });
             self.unit.push(unit * scale);
+            self.spread.push(by * scale * scale * dot(row, row));
         }
     }
 }

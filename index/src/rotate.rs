@@ -14,6 +14,7 @@
 //! machine and instruction set. Cost: `dim * log2(dim)` additions.
 
 use crate::error::IndexError;
+use crate::simd::{Isa, hadamard};
 
 /// Largest supported dimension; the score kernels' integer sums are proved to fit for it.
 pub const DIM_MAX: usize = 4096;
@@ -111,22 +112,9 @@ fn multiply(x: &mut [f32], by: &[f32]) {
 }
 
 fn transform_blocks(x: &mut [f32]) {
+    let isa = Isa::detect();
     for (start, len) in blocks(x.len()) {
-        walsh_hadamard(&mut x[start..start + len]);
-    }
-}
-
-/// Unnormalised Walsh-Hadamard transform of a power-of-two number of coordinates.
-fn walsh_hadamard(x: &mut [f32]) {
-    let mut half = 1;
-    while half < x.len() {
-        for pair in x.chunks_exact_mut(2 * half) {
-            let (low, high) = pair.split_at_mut(half);
-            for (a, b) in low.iter_mut().zip(high) {
-                (*a, *b) = (*a + *b, *a - *b);
-            }
-        }
-        half *= 2;
+        hadamard::transform(isa, &mut x[start..start + len]);
     }
 }
 

@@ -1,6 +1,9 @@
 //! Working memory of a search, owned by the caller: one per worker thread.
 
+use crate::hnsw::HnswScratch;
+use crate::icecache::IcecacheScratch;
 use crate::quant::QuantQuery;
+use crate::sketch::PreparedQuery;
 use crate::topk::TopK;
 
 /// Reused by any number of searches on any index; grows to the largest and then stays.
@@ -23,9 +26,23 @@ pub struct Scratch {
     /// `[group, 16]` partial sums, weights.
     pub(crate) sums: Vec<f32>,
     pub(crate) weights: Vec<f32>,
+    /// Rows that a token-level index considers.
+    pub(crate) candidates: Vec<u32>,
     /// Blocks to open at the next level.
     pub(crate) opened: Vec<u32>,
     pub(crate) ranked: Vec<(f32, u32)>,
+    /// The query as the sketch reads it.
+    pub(crate) prepared: PreparedQuery,
+    /// `[group]` what a token's score gains per squared scale of its code.
+    pub(crate) spread: Vec<f32>,
+    /// Pages whose tokens are scored.
+    pub(crate) pages: Vec<u32>,
+    /// `[parts, group, 16]` weights of pages that their tokens carry.
+    pub(crate) carried: Vec<f32>,
+    /// `[group, padded_dim]` sums of value residuals.
+    pub(crate) residual: Vec<f32>,
+    pub(crate) hnsw: HnswScratch,
+    pub(crate) icecache: IcecacheScratch,
 }
 
 /// Lanes of one page that are attended elsewhere.

@@ -1,10 +1,11 @@
 //! Attention on the CPU, straight from the warm tier.
 
-use floe_cuda::{Isa, Rows, dense_decode, sparse_decode};
+use floe_cuda::{Isa, KvElem, KvRows, Rows, dense_decode, sparse_decode};
 
-use super::{AttendScratch, AttentionBackend, Tokens};
+use super::causal::attend_causal;
+use super::{AttendScratch, AttentionBackend, CausalQueries, HotTokens, Tokens};
 use crate::error::Result;
-use crate::page::{ShardPages, with_rows};
+use crate::page::{HotRows, PageSlabs, ShardPages, SlotMemory, with_rows};
 use crate::query::GroupQuery;
 use crate::state::StateBuf;
 
@@ -31,15 +32,72 @@ impl AttentionBackend for CpuBackend {
         scratch: &mut AttendScratch,
         state: &mut StateBuf,
     ) -> Result<()> {
-        let AttendScratch { rows: list, splits, part } = scratch;
+        if let Tokens::Hot(hot) = tokens {
+            return self.attend_hot(query, pages, hot, scratch, state);
+        }
+        let AttendScratch { rows: list, splits, part, .. } = scratch;
         part.reset(query.group, pages.shape().head_dim());
         with_rows!(pages, rows => {
             let attend = query.over(self.isa, rows);
             match tokens {
                 Tokens::Range(r) => dense_decode(&attend, r.start as usize..r.end as usize, splits, part.as_mut())?,
                 Tokens::List(tokens) => sparse_decode(&attend, Rows::List(tokens), list, part.as_mut())?,
+                Tokens::Hot(_) => {}
             }
         });
         state.merge(part)
+    }
+
+    fn attend_causal(
+        &self,
+        queries: &CausalQueries<'_>,
+        pages: &ShardPages,
+        scratch: &mut AttendScratch,
+        out: &mut [f32],
+    ) -> Result<()> {
+        with_rows!(pages, rows => attend_causal(self.isa, queries, rows, scratch, out))
+    }
+}
+
+impl CpuBackend {
+    fn attend_hot(
+        &self,
+        query: &GroupQuery<'_>,
+        pages: &ShardPages,
+        hot: HotTokens<'_>,
+        scratch: &mut AttendScratch,
+        state: &mut StateBuf,
+    ) -> Result<()> {
+        match (pages, hot.memory) {
+            (ShardPages::Bf16(warm), SlotMemory::Bf16(memory)) => {
+                self.gather(query, (warm, memory), hot, scratch)?
+            }
+            (ShardPages::F16(warm), SlotMemory::F16(memory)) => {
+                self.gather(query, (warm, memory), hot, scratch)?
+            }
+            (ShardPages::F32(warm), SlotMemory::F32(memory)) => {
+                self.gather(query, (warm, memory), hot, scratch)?
+            }
+            _ => unreachable!("slots and pages of a shard are made from one shape"),
+        }
+        state.merge(&scratch.part)
+    }
+
+    fn gather<E: KvElem>(
+        &self,
+        query: &GroupQuery<'_>,
+        (warm, memory): (&PageSlabs<E>, &[E]),
+        hot: HotTokens<'_>,
+        scratch: &mut AttendScratch,
+    ) -> Result<()> {
+        let AttendScratch { rows: list, part, counting, .. } = scratch;
+        let rows = HotRows::new(memory, warm, hot.tokens, &hot.table.places);
+        let num_tokens = hot.tokens.len();
+        if counting.len() < num_tokens {
+            counting.extend(counting.len() as u32..num_tokens as u32);
+        }
+        part.reset(query.group, rows.head_dim());
+        let attend = query.over(self.isa, &rows);
+        Ok(sparse_decode(&attend, Rows::List(&counting[..num_tokens]), list, part.as_mut())?)
     }
 }

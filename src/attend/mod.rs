@@ -1,15 +1,17 @@
 //! Exact attention over chosen rows of one shard.
 
+mod causal;
 mod cpu;
 pub mod exact;
 
 use std::ops::Range;
 
+pub use causal::CausalQueries;
 pub use cpu::CpuBackend;
 
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::page::ShardPages;
+use crate::page::{ShardPages, SlotMemory, SlotTable};
 use crate::query::GroupQuery;
 use crate::state::StateBuf;
 
@@ -19,6 +21,9 @@ pub struct AttendScratch {
     rows: floe_cuda::AttendScratch,
     splits: floe_cuda::SplitScratch,
     part: StateBuf,
+    /// 0, 1, 2, ...: rows of a step that lie in slots, in the order of their positions.
+    counting: Vec<u32>,
+    all: StateBuf,
 }
 
 /// Tokens of one shard.
@@ -28,6 +33,19 @@ pub enum Tokens<'a> {
     Range(Range<TokenPos>),
     /// Ascending positions.
     List(&'a [TokenPos]),
+    /// Ascending positions, read from their slots where the table has one for them.
+    Hot(HotTokens<'a>),
+}
+
+/// The tokens of one step with their page table and the memory of the slots.
+#[derive(Clone, Copy, Debug)]
+pub struct HotTokens<'a> {
+    /// Ascending positions.
+    pub tokens: &'a [TokenPos],
+    /// Where they lie, one place a token.
+    pub table: &'a SlotTable,
+    /// Memory of the slots.
+    pub memory: &'a SlotMemory,
 }
 
 /// Where attention runs. One implementation is chosen when the engine is opened.
@@ -44,5 +62,17 @@ pub trait AttentionBackend: Send + Sync {
         tokens: Tokens<'_>,
         scratch: &mut AttendScratch,
         state: &mut StateBuf,
+    ) -> Result<()>;
+
+    /// Causal attention of consecutive stored tokens, on the calling thread; `out` is `[tokens, group, head_dim]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    fn attend_causal(
+        &self,
+        queries: &CausalQueries<'_>,
+        pages: &ShardPages,
+        scratch: &mut AttendScratch,
+        out: &mut [f32],
     ) -> Result<()>;
 }

@@ -1,6 +1,14 @@
 //! Command line: one file per command. Commands return `anyhow::Result`; only this file decides on exit codes and
 //! writes to stderr.
 
+#[cfg(feature = "candle")]
+mod eval;
+#[cfg(feature = "candle")]
+mod generate;
+mod kv;
+mod profile;
+#[cfg(feature = "candle")]
+mod record;
 mod replay;
 mod trace;
 
@@ -8,6 +16,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use floe::page::file::FileError;
+use floe::profile::{LogError, ProfileError};
 use floe::replay::ReplayError;
 use floe::trace::TraceError;
 
@@ -27,8 +37,22 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Answer a prompt with a GGUF model whose attention runs through floe.
+    #[cfg(feature = "candle")]
+    Generate(generate::GenerateArgs),
+    /// Record traces of a GGUF model reading a text.
+    #[cfg(feature = "candle")]
+    Record(record::RecordArgs),
+    /// Judge policies by answers and logits against Full-KV, on a GGUF model.
+    #[cfg(feature = "candle")]
+    Eval(eval::EvalArgs),
     /// Compare policies with full attention on recorded traces.
     Replay(replay::ReplayArgs),
+    /// How often would a hot tier of a given size hold what a step needs?
+    Profile(profile::ProfileArgs),
+    /// Look at saved sequences.
+    #[command(subcommand)]
+    Kv(kv::KvCommand),
     /// Inspect, cut and synthesise trace files.
     #[command(subcommand)]
     Trace(trace::TraceCommand),
@@ -38,7 +62,15 @@ enum Command {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        #[cfg(feature = "candle")]
+        Command::Generate(args) => generate::run(args),
+        #[cfg(feature = "candle")]
+        Command::Record(args) => record::run(args),
+        #[cfg(feature = "candle")]
+        Command::Eval(args) => eval::run(args),
         Command::Replay(args) => replay::run(args),
+        Command::Profile(args) => profile::run(args),
+        Command::Kv(command) => kv::run(command),
         Command::Trace(command) => trace::run(command),
     };
     match result {
@@ -60,9 +92,23 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     let is_input = error.chain().any(|cause| {
         let trace_error = cause.downcast_ref::<TraceError>();
         trace_error.is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<ProfileError>().is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<LogError>().is_some_and(|error| !error.is_environment())
+            || cause.downcast_ref::<FileError>().is_some_and(|error| !error.is_environment())
             || cause.downcast_ref::<ReplayError>().is_some_and(|error| !error.is_environment())
+            || is_host_input(cause)
     });
     if is_input { EXIT_INPUT } else { EXIT_ENVIRONMENT }
+}
+
+#[cfg(feature = "candle")]
+fn is_host_input(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.downcast_ref::<floe::host::HostError>().is_some_and(|error| !error.is_environment())
+}
+
+#[cfg(not(feature = "candle"))]
+fn is_host_input(_cause: &(dyn std::error::Error + 'static)) -> bool {
+    false
 }
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {

@@ -17,8 +17,18 @@ const BUNDLED: (&str, &[u8]) = (
 );
 
 /// Policies of a replay without `--policy`.
-const POLICIES: [&str; 7] =
-    ["full", "window", "quest", "pagemean", "oracle", "floe:tail=off", "floe:tail=page"];
+const POLICIES: [&str; 10] = [
+    "full",
+    "int4",
+    "kivi2",
+    "window",
+    "quest",
+    "pagemean",
+    "oracle",
+    "floe:sketch=off",
+    "floe:sketch=k1",
+    "floe",
+];
 
 #[derive(Args)]
 pub struct ReplayArgs {
@@ -29,7 +39,7 @@ pub struct ReplayArgs {
     #[arg(long = "policy", value_name = "SPEC")]
     policies: Vec<Policy>,
     /// Tokens attended exactly per kv head and step, sinks and window included.
-    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "96,128,256,512,1024")]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "96,256,1024")]
     budgets: Vec<usize>,
     /// Segments to measure [default: all in the decoded part].
     #[arg(long, value_name = "NAME,NAME", value_delimiter = ',')]
@@ -93,7 +103,7 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn open_traces(paths: &[PathBuf]) -> anyhow::Result<Vec<Trace>> {
+pub(super) fn open_traces(paths: &[PathBuf]) -> anyhow::Result<Vec<Trace>> {
     if paths.is_empty() {
         return Ok(vec![Trace::from_bytes(BUNDLED.0, BUNDLED.1.to_vec())?]);
     }
@@ -106,7 +116,7 @@ fn progress_bar(length: usize) -> anyhow::Result<ProgressBar> {
     Ok(ProgressBar::new(length as u64).with_style(style))
 }
 
-fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
+pub(super) fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
     use anyhow::Context;
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -1,8 +1,19 @@
 //! Pages: where the keys and values of one shard lie, and which of them a step touches.
 
+pub mod cold;
+pub mod file;
+mod hot;
+mod life;
+mod slab;
+mod slots;
 mod table;
 mod warm;
 
+pub use hot::{Admission, HotCounters, HotTier, Pin, PinError, Purpose, Unit};
+pub use life::{IllegalTransition, PageEvent, PageLife, SlotEvent, SlotLife};
+pub use slab::LentSlab;
+pub(crate) use slab::Slab;
+pub use slots::{HotRows, SlotMemory, SlotTable, WARM};
 pub use table::{PageEntry, PageTable};
 pub(crate) use warm::with_rows;
 pub use warm::{PageSlabs, ShardPages};

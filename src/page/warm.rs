@@ -3,9 +3,15 @@
 //! Rows lie in order of position. A semantic page is then a list of rows rather than a run; in return appending is a
 //! write at the end, truncation is a cut, and the exact path streams through memory.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use floe_cuda::{KvElem, KvRows, append_kv};
 use half::{bf16, f16};
 
+use super::cold::SlabBytes;
+use super::file::Damage;
+use super::{LentSlab, Slab};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::shape::{KvDtype, PAGE_TOKENS, PageShape};
@@ -17,10 +23,10 @@ const SLAB_PAGES: usize = 16;
 const SLAB_ROWS: usize = SLAB_PAGES * PAGE_TOKENS;
 
 /// Rows of one element type, `[num_rows, 2, head_dim]` over slabs. Growth never moves a stored row.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PageSlabs<E> {
     head_dim: usize,
-    slabs: Vec<Box<[E]>>,
+    slabs: Vec<Slab<E>>,
     num_rows: usize,
 }
 
@@ -32,12 +38,28 @@ impl<E: KvElem> PageSlabs<E> {
     fn append<S: KvElem>(&mut self, k: &[S], v: &[S]) -> Result<()> {
         let row_elems = 2 * self.head_dim;
         if self.num_rows == self.slabs.len() * SLAB_ROWS {
-            self.slabs.push(vec![E::zeroed(); SLAB_ROWS * row_elems].into_boxed_slice());
+            self.slabs.push(Slab::zeroed(SLAB_ROWS * row_elems));
+        }
+        if let Slab::Lent(lent) = &self.slabs[self.num_rows / SLAB_ROWS] {
+            // It is about to be copied.
+            lent.verify(u16::MAX)?;
         }
         let start = self.num_rows % SLAB_ROWS * row_elems;
-        let slab = &mut self.slabs[self.num_rows / SLAB_ROWS];
+        let slab = self.slabs[self.num_rows / SLAB_ROWS].elems_mut(SLAB_ROWS * row_elems);
         append_kv(k, v, self.head_dim, &mut slab[start..start + row_elems])?;
         self.num_rows += 1;
+        Ok(())
+    }
+
+    /// Checks pages `pages` of lent slabs.
+    fn verify(&self, pages: Range<usize>) -> Result<(), Damage> {
+        for slab in pages.start / SLAB_PAGES..pages.end.div_ceil(SLAB_PAGES) {
+            if let Some(Slab::Lent(lent)) = self.slabs.get(slab) {
+                let first = slab * SLAB_PAGES;
+                let within = pages.start.max(first) - first..pages.end.min(first + SLAB_PAGES) - first;
+                lent.verify((((1u32 << within.end) - 1) & !((1u32 << within.start) - 1)) as u16)?;
+            }
+        }
         Ok(())
     }
 
@@ -67,12 +89,12 @@ impl<E: KvElem> KvRows for PageSlabs<E> {
     }
 
     fn run(&self, first: usize) -> &[E] {
-        &self.slabs[first / SLAB_ROWS][first % SLAB_ROWS * 2 * self.head_dim..]
+        &self.slabs[first / SLAB_ROWS].elems()[first % SLAB_ROWS * 2 * self.head_dim..]
     }
 }
 
 /// Stored keys and values of one shard, whatever their element type.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum ShardPages {
     /// bfloat16 rows
     Bf16(PageSlabs<bf16>),
@@ -122,10 +144,10 @@ impl ShardPages {
         with_rows!(self, rows => rows.num_rows())
     }
 
-    /// Host bytes allocated.
+    /// Host bytes allocated; a slab shared with forks counts in equal parts for each, a lent one not at all.
     #[must_use]
     pub fn size_bytes(&self) -> usize {
-        with_rows!(self, rows => rows.slabs.len()) * SLAB_PAGES * self.shape().page_bytes()
+        with_rows!(self, rows => rows.slabs.iter().map(Slab::own_bytes).sum::<f64>()).ceil() as usize
     }
 
     /// Key and value of the token at `pos`, widened to f32, `[head_dim]` each.
@@ -136,8 +158,82 @@ impl ShardPages {
         with_rows!(self, rows => rows.widen_row(pos as usize, key, value));
     }
 
+    /// Slabs that hold rows.
+    pub(crate) fn num_slabs(&self) -> usize {
+        self.num_tokens().div_ceil(SLAB_ROWS)
+    }
+
+    /// Rows and bytes of one slab. The caller has verified it.
+    pub(crate) fn slab_bytes(&self, slab: usize) -> (u32, &[u8]) {
+        let rows = SLAB_ROWS.min(self.num_tokens() - slab * SLAB_ROWS) as u32;
+        (rows, with_rows!(self, rows => bytemuck::cast_slice(rows.slabs[slab].elems())))
+    }
+
+    /// Slab that holds a page.
+    pub(crate) const fn slab_of_page(page: u32) -> usize {
+        page as usize / SLAB_PAGES
+    }
+
+    /// Whether a slab is full and in memory of our own.
+    pub(crate) fn can_spill(&self, slab: usize) -> bool {
+        (slab + 1) * SLAB_ROWS <= self.num_tokens()
+            && with_rows!(self, rows => matches!(rows.slabs[slab], Slab::Own(_)))
+    }
+
+    /// Rows of a slab of our own and a handle that keeps its bytes alive and unchanged.
+    pub(crate) fn slab_owner(&self, slab: usize) -> Option<(u32, Box<dyn SlabBytes>)> {
+        with_rows!(self, rows => match &rows.slabs[slab] {
+            Slab::Own(own) => Some((SLAB_ROWS as u32, Box::new(own.clone()))),
+            Slab::Lent(_) => None,
+        })
+    }
+
+    /// Puts a lent slab in place of our own, if that is still the one that `written` keeps alive.
+    pub(crate) fn replace(&mut self, slab: usize, written: &dyn SlabBytes, lent: Arc<dyn LentSlab>) {
+        with_rows!(self, rows => if let Some(own @ Slab::Own(_)) = rows.slabs.get_mut(slab) {
+            let bytes: &[u8] = bytemuck::cast_slice(own.elems());
+            if std::ptr::eq(bytes, written.bytes()) {
+                *own = Slab::Lent(lent);
+            }
+        });
+    }
+
+    /// Rows in memory that others own, slab after slab with the rows filled in each; `None` when a size does not fit.
+    pub(crate) fn from_lent(shape: PageShape, slabs: Vec<(u32, Arc<dyn LentSlab>)>) -> Option<Self> {
+        let last = slabs.len().saturating_sub(1);
+        let fits = slabs.iter().enumerate().all(|(i, (rows, slab))| {
+            let rows = *rows as usize;
+            let full = if i < last { rows == SLAB_ROWS } else { rows > 0 && rows <= SLAB_ROWS };
+            full && slab.bytes().len() == rows.div_ceil(PAGE_TOKENS) * shape.page_bytes()
+        });
+        let mut pages = Self::new(shape);
+        with_rows!(&mut pages, own => {
+            own.num_rows = slabs.iter().map(|(rows, _)| *rows as usize).sum();
+            own.slabs = slabs.into_iter().map(|(_, slab)| Slab::Lent(slab)).collect();
+        });
+        fits.then_some(pages)
+    }
+
+    /// Checks the pages that hold `tokens`, where they come from a file and were not checked yet. Nothing may read a row
+    /// before.
+    pub(crate) fn verify(&self, tokens: Range<TokenPos>) -> Result<(), Damage> {
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let pages = tokens.start as usize / PAGE_TOKENS..(tokens.end as usize).div_ceil(PAGE_TOKENS);
+        with_rows!(self, rows => rows.verify(pages))
+    }
+
+    /// [`Self::verify`] for single tokens.
+    pub(crate) fn verify_tokens(&self, tokens: &[TokenPos]) -> Result<(), Damage> {
+        tokens.iter().try_for_each(|token| self.verify(*token..token + 1))
+    }
+
     /// Appends head `head` of every token of `k` and `v`, `[tokens, heads, head_dim]` of the same shape.
-    pub(crate) fn append(&mut self, k: &TensorView<'_>, v: &TensorView<'_>, head: usize) -> Result<()> {
+    ///
+    /// # Errors
+    /// When the element types or sizes differ, or when the last page comes from a file and is damaged.
+    pub fn append(&mut self, k: &TensorView<'_>, v: &TensorView<'_>, head: usize) -> Result<()> {
         for token in 0..k.shape()[0] {
             let (k, v) = (k.row(token, head), v.row(token, head));
             with_rows!(self, rows => match (k, v) {

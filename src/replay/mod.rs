@@ -149,7 +149,7 @@ fn shard_config(trace: &Trace, policy: &Policy, budget: usize, seed: u64) -> Res
     Ok(Config { policy: policy.clone(), budget, seed, threads: 1, ..config })
 }
 
-fn threads(asked: usize) -> usize {
+pub(crate) fn threads(asked: usize) -> usize {
     if asked > 0 { asked } else { std::thread::available_parallelism().map_or(1, usize::from) }
 }
 
@@ -190,11 +190,11 @@ fn measured_steps(trace: &Trace, plan: &ReplayPlan) -> Result<(Vec<String>, Vec<
 
 /// Runs `work` on every job over `threads` plain threads; results in the order of the jobs. Plain threads rather than a
 /// rayon pool, because each run owns an engine with its own pool and would otherwise start others while it waits.
-fn in_parallel<J: Sync, T: Send>(
+pub(crate) fn in_parallel<J: Sync, T: Send, E: Send>(
     threads: usize,
     jobs: &[J],
-    work: impl Fn(&J) -> Result<T, ReplayError> + Sync,
-) -> Result<Vec<T>, ReplayError> {
+    work: impl Fn(&J) -> Result<T, E> + Sync,
+) -> Result<Vec<T>, E> {
     let next = AtomicUsize::new(0);
     let done = parking_lot::Mutex::new(Vec::with_capacity(jobs.len()));
     std::thread::scope(|scope| {

@@ -43,9 +43,15 @@ fn table(rows: &[ReplayRow], inks: &mut Inks) -> Table {
         if seen.contains(&key) {
             continue;
         }
-        seen.push(key);
-        let mut cells =
-            vec![Cell::text(key.0).ink(ink(inks, key.0)), Cell::number(key.1 as f64, NumberFormat::Plain)];
+        let of_policy = || rows.iter().filter(|r| r.policy == key.0);
+        let budget = if heeds_budget(of_policy()) {
+            seen.push(key);
+            Cell::number(key.1 as f64, NumberFormat::Plain)
+        } else {
+            seen.extend(of_policy().map(|r| (key.0, r.budget)));
+            Cell::text("any")
+        };
+        let mut cells = vec![Cell::text(key.0).ink(ink(inks, key.0)), budget];
         let of_key: Vec<&ReplayRow> = rows.iter().filter(|r| (r.policy.as_str(), r.budget) == key).collect();
         for segment in &segments {
             match of_key.iter().find(|r| r.segment == *segment) {
@@ -64,6 +70,20 @@ fn table(rows: &[ReplayRow], inks: &mut Inks) -> Table {
         table.push_checked(if is_own(key.0) { row.emphasised() } else { row });
     }
     table
+}
+
+/// Whether the rows of one policy differ from budget to budget.
+fn heeds_budget<'a>(rows: impl Iterator<Item = &'a ReplayRow>) -> bool {
+    let mut firsts: Vec<&ReplayRow> = Vec::new();
+    let measured = |r: &ReplayRow| (r.mean_error, r.mass_kept, r.tokens_read, r.bytes_read);
+    for row in rows {
+        match firsts.iter().find(|first| (&first.trace, &first.segment) == (&row.trace, &row.segment)) {
+            Some(first) if measured(first) != measured(row) => return true,
+            Some(_) => {}
+            None => firsts.push(row),
+        }
+    }
+    firsts.is_empty()
 }
 
 /// A self-contained page: tables, error and mass against budget, error by position.
@@ -101,7 +121,7 @@ fn section(heading: &str, rows: &[ReplayRow], inks: &mut Inks) -> Section {
     let mut section = Section::new(heading);
     for segment in names {
         let of_segment: Vec<&ReplayRow> = rows.iter().filter(|r| r.segment == segment).collect();
-        let error = curves(&of_segment, inks, Axis::log10("mean relative error"), |r| {
+        let error = curves(&of_segment, inks, error_axis(), |r| {
             (r.policy != "full").then_some((r.mean_error, r.p95_error))
         });
         let mass =
@@ -111,6 +131,10 @@ fn section(heading: &str, rows: &[ReplayRow], inks: &mut Inks) -> Section {
                 .caption("Lower is better; the tooltip of a point has its 95th percentile."),
             Figure::new(format!("Mass on exactly attended tokens, segment {segment}"), mass)
                 .caption("What a policy leaves out it drops or, with a tail, estimates."),
+            Figure::new(format!("Error against bytes read, segment {segment}"), bytes_read(&of_segment, inks))
+                .caption("Exact keys and values, summaries and codes read in one step of one kv head; a point per budget."),
+            Figure::new(format!("Error against bytes kept, segment {segment}"), bytes_kept(&of_segment, inks))
+                .caption(format!("What a policy keeps beside the exact keys and values, at {} tokens.", middle_budget(rows))),
         ]);
     }
     section.table(
@@ -127,9 +151,7 @@ fn curves(
     value: impl Fn(&ReplayRow) -> Option<(f64, f64)>,
 ) -> XyChart {
     let mut chart = XyChart::new(Axis::log2("budget").unit("tokens").format(NumberFormat::Plain), y);
-    let mut policies: Vec<&str> = rows.iter().map(|r| r.policy.as_str()).collect();
-    policies.dedup();
-    for policy in policies {
+    for policy in policies(rows) {
         let points: Vec<Point> = rows
             .iter()
             .filter(|r| r.policy == policy)
@@ -146,6 +168,50 @@ fn curves(
     chart
 }
 
+/// Error over the bytes that a step reads, a line per policy through its budgets.
+fn bytes_read(rows: &[&ReplayRow], inks: &mut Inks) -> XyChart {
+    let x = Axis::log10("bytes read a step").format(NumberFormat::Bytes);
+    let mut chart = XyChart::new(x, error_axis());
+    for policy in policies(rows).into_iter().filter(|p| *p != "full") {
+        let of_policy = rows.iter().filter(|r| r.policy == policy);
+        let points =
+            of_policy.map(|r| Point::new(r.bytes_read, r.mean_error).tip(format!("budget {}", r.budget)));
+        chart.push(Series::line(policy, ink(inks, policy), points));
+    }
+    chart
+}
+
+/// Error over the bytes kept beside the exact keys and values, a point per policy at the middle budget.
+fn bytes_kept(rows: &[&ReplayRow], inks: &mut Inks) -> XyChart {
+    let x = Axis::linear("bytes kept beside the exact KV").format(NumberFormat::Percent(0));
+    let mut chart = XyChart::new(x, error_axis());
+    let budget = middle_budget(rows.iter().copied());
+    for row in rows.iter().filter(|r| r.budget == budget && r.policy != "full") {
+        let point = Point::new(row.index_share, row.mean_error).label(&row.policy);
+        chart.push(Series::scatter(&row.policy, ink(inks, &row.policy), [point]));
+    }
+    chart.with_legend()
+}
+
+fn error_axis() -> Axis {
+    Axis::log10("mean relative error").format(NumberFormat::Significant(3))
+}
+
+/// Policies in the order of the rows.
+fn policies<'a>(rows: &[&'a ReplayRow]) -> Vec<&'a str> {
+    let mut policies: Vec<&str> = rows.iter().map(|r| r.policy.as_str()).collect();
+    policies.dedup();
+    policies
+}
+
+/// The budget in the middle of those replayed.
+fn middle_budget<'a>(rows: impl IntoIterator<Item = &'a ReplayRow>) -> usize {
+    let mut budgets: Vec<usize> = rows.into_iter().map(|r| r.budget).collect();
+    budgets.sort_unstable();
+    budgets.dedup();
+    budgets.get(budgets.len() / 2).copied().unwrap_or(0)
+}
+
 /// Error by position at the middle budget, averaged over stretches of steps.
 fn positions(replay: &TraceReplay, inks: &mut Inks) -> Vec<Figure> {
     let mut budgets: Vec<usize> = replay.runs.iter().map(|r| r.budget).collect();
@@ -153,10 +219,8 @@ fn positions(replay: &TraceReplay, inks: &mut Inks) -> Vec<Figure> {
     budgets.dedup();
     let Some(&budget) = budgets.get(budgets.len() / 2) else { return Vec::new() };
     let stretch = replay.steps.len().div_ceil(POSITION_POINTS).max(1);
-    let mut chart = XyChart::new(
-        Axis::linear("position").unit("tokens").format(NumberFormat::Count),
-        Axis::log10("mean relative error"),
-    );
+    let mut chart =
+        XyChart::new(Axis::linear("position").unit("tokens").format(NumberFormat::Count), error_axis());
     let at_budget: Vec<&Run> =
         replay.runs.iter().filter(|r| r.budget == budget && r.policy != "full").collect();
     for run in at_budget {

@@ -45,6 +45,22 @@ impl Selector for Full {
         Ok(SelectCost::default())
     }
 
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(Self))
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
+    }
+
     fn size_bytes(&self) -> usize {
         0
     }
@@ -76,6 +92,22 @@ impl Selector for Window {
         _out: floe_cuda::StateMut<'_>,
     ) -> Result<SelectCost> {
         Ok(SelectCost::default())
+    }
+
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(Self))
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

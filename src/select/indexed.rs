@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use floe_index::{Batch, Dci, Flat, KeyIndex, Query, SearchParams, Tail, TailOut};
+use floe_index::{
+    Batch, Dci, Flat, Hnsw, Icecache, IndexError, KeyIndex, Query, SearchParams, Tail, TailOut, Unit,
+};
 
 use super::{IndexOptions, SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::config::Config;
@@ -12,10 +14,31 @@ use crate::page::ShardPages;
 use crate::query::GroupQuery;
 use crate::selection::Selection;
 
+/// Reads an index back from its snapshot.
+type ReadIndex = fn(&[u8]) -> std::result::Result<Box<dyn KeyIndex>, IndexError>;
+
+/// An index that can be read back from its snapshot.
+pub(super) trait Restored: KeyIndex + Sized + 'static {
+    fn read(bytes: &[u8]) -> std::result::Result<Box<dyn KeyIndex>, IndexError>;
+}
+
+macro_rules! restored {
+    ($($index:ty),*) => {$(
+        impl Restored for $index {
+            fn read(bytes: &[u8]) -> std::result::Result<Box<dyn KeyIndex>, IndexError> {
+                Ok(Box::new(<$index>::restore(bytes)?))
+            }
+        }
+    )*};
+}
+restored!(Flat, Dci, Icecache, Hnsw);
+
 /// One shard's index and how it is searched. Sinks are never given to the index: they are always attended, and as
 /// outliers they would spoil the clusters they fall into.
 pub(super) struct Indexed {
     index: Box<dyn KeyIndex>,
+    /// Reads an index of the same kind back from its snapshot.
+    read: ReadIndex,
     /// Search parameters of every step, the budget aside.
     params: SearchParams,
     /// Whether the ranking heeds the mass on sinks and window; the published page policies do not.
@@ -29,18 +52,26 @@ pub(super) struct Indexed {
 impl Indexed {
     /// Consecutive pages, scanned.
     pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
-        let index = Box::new(Flat::new(config.heads.head_dim())?);
-        Ok(Self { heeds_attended: false, ..Self::over(index, config, options) })
+        let index = Flat::with_sketch(config.heads.head_dim(), options.sketch)?;
+        Ok(Self { params: params(options), ..Self::baseline(index, config) })
     }
 
     /// Pages of similar keys, in a tree.
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
-        Ok(Self::over(Box::new(Dci::new(config.heads.head_dim())?), config, options))
+        let index = Dci::with_sketch(config.heads.head_dim(), options.sketch)?;
+        Ok(Self { params: params(options), heeds_attended: true, ..Self::baseline(index, config) })
     }
 
-    fn over(index: Box<dyn KeyIndex>, config: &Config, options: &IndexOptions) -> Self {
-        let params = SearchParams::exact(0, options.unit, options.tail);
-        Self { index, params, heeds_attended: true, sinks: config.sinks as TokenPos, published: 0 }
+    /// A published index: it ranks what it holds and drops the rest.
+    pub(super) fn baseline<I: Restored>(index: I, config: &Config) -> Self {
+        let params = SearchParams::exact(0, Unit::Token, Tail::Off);
+        let (index, read) = (Box::new(index), I::read as ReadIndex);
+        Self { index, read, params, heeds_attended: false, sinks: config.sinks as TokenPos, published: 0 }
+    }
+
+    /// Tells the ranking of the mass on sinks and window: for an index that ranks tokens by their exact scores, as the oracle does.
+    pub(super) fn heeding_attended(self) -> Self {
+        Self { heeds_attended: true, ..self }
     }
 
     /// Positions that the index holds although the window attends them: they joined while still in the window.
@@ -113,9 +144,31 @@ impl Selector for Indexed {
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
     }
 
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        self.restored(&self.index.snapshot(), self.published)
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        Some(self.index.snapshot())
+    }
+
+    fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(Self { index: (self.read)(bytes)?, published, ..*self }))
+    }
+
     fn size_bytes(&self) -> usize {
         self.index.memory().total_bytes()
     }
+}
+
+/// Search parameters of every step, the budget aside.
+fn params(options: &IndexOptions) -> SearchParams {
+    let exact = SearchParams::exact(0, options.unit, options.tail);
+    SearchParams { open_fraction: options.open, ..exact }
 }
 
 fn index_query<'a>(query: &GroupQuery<'a>, attended_lse: &'a [f32]) -> Query<'a> {

@@ -5,10 +5,14 @@ mod dense;
 mod group;
 mod indexed;
 mod oracle;
+mod quantised;
 mod quest;
 mod spec;
 
 use std::ops::Range;
+
+use floe_index::{Hnsw, HnswConfig, Icecache};
+use half::{bf16, f16};
 
 pub(crate) use oracle::Oracle;
 pub use spec::{IndexOptions, Policy, PolicyKind, SpecError};
@@ -19,6 +23,7 @@ use crate::ids::TokenPos;
 use crate::page::ShardPages;
 use crate::query::GroupQuery;
 use crate::selection::Selection;
+use crate::shape::KvDtype;
 
 /// What one step asks of a shard's selector.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +53,7 @@ pub struct SelectScratch {
     pub(crate) order: Vec<u32>,
     pub(crate) exclude: Vec<u32>,
     pub(crate) attend: floe_cuda::AttendScratch,
+    pub(crate) quant: floe_cuda::cpu::quant::QuantScratch,
     pub(crate) index: floe_index::Scratch,
     pub(crate) found: floe_index::Found,
 }
@@ -90,6 +96,24 @@ pub trait Selector: Send + Sync {
         out: floe_cuda::StateMut<'_>,
     ) -> Result<SelectCost>;
 
+    /// Whether `select` or `tail` read rows of `pages`, beyond those that `publish` saw.
+    fn reads_rows(&self) -> bool;
+
+    /// A copy that changes on its own from here on.
+    ///
+    /// # Errors
+    /// When the index cannot be copied.
+    fn fork(&self) -> Result<Box<dyn Selector>>;
+
+    /// State as bytes for [`Self::restored`]; `None` when it is built anew from the rows instead.
+    fn snapshot(&self) -> Option<Vec<u8>>;
+
+    /// A selector with the settings of this one and the state that `bytes` hold, which saw positions `0..published`.
+    ///
+    /// # Errors
+    /// When the bytes are no snapshot of such a selector.
+    fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>>;
+
     /// Bytes kept beside the exact keys and values.
     fn size_bytes(&self) -> usize;
 }
@@ -101,6 +125,22 @@ pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
         PolicyKind::Window => Box::new(dense::Window),
         PolicyKind::Quest => Box::new(quest::Quest::new(config.heads.head_dim())),
         PolicyKind::Oracle => Box::new(Oracle::new()),
+        PolicyKind::Quantised(kind) => {
+            let head_dim = config.heads.head_dim();
+            match config.kv_dtype {
+                KvDtype::Bf16 => Box::new(quantised::Quantised::<bf16>::new(*kind, head_dim)?),
+                KvDtype::F16 => Box::new(quantised::Quantised::<f16>::new(*kind, head_dim)?),
+                KvDtype::F32 => Box::new(quantised::Quantised::<f32>::new(*kind, head_dim)?),
+            }
+        }
+        PolicyKind::Icecache => {
+            let index = Icecache::new(config.heads.head_dim(), config.seed)?;
+            Box::new(indexed::Indexed::baseline(index, config))
+        }
+        PolicyKind::Hnsw => {
+            let index = Hnsw::new(config.heads.head_dim(), HnswConfig::default())?;
+            Box::new(indexed::Indexed::baseline(index, config).heeding_attended())
+        }
         PolicyKind::PageMean(options) => Box::new(indexed::Indexed::sequential(config, options)?),
         PolicyKind::Floe(options) => Box::new(indexed::Indexed::tree(config, options)?),
     })

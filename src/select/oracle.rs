@@ -85,6 +85,22 @@ impl Selector for Oracle {
         Ok(SelectCost::default())
     }
 
+    fn reads_rows(&self) -> bool {
+        true
+    }
+
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(Self { isa: self.isa }))
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
+    }
+
     fn size_bytes(&self) -> usize {
         0
     }

@@ -12,6 +12,7 @@ use crate::query::GroupQuery;
 use crate::selection::Selection;
 use crate::shape::PAGE_TOKENS;
 
+#[derive(Clone)]
 pub(super) struct Quest {
     head_dim: usize,
     /// `[pages, 2, head_dim]` f32: minimum, then maximum, of the page's published keys.
@@ -107,6 +108,22 @@ impl Selector for Quest {
         _out: floe_cuda::StateMut<'_>,
     ) -> Result<SelectCost> {
         Ok(SelectCost::default())
+    }
+
+    fn reads_rows(&self) -> bool {
+        false
+    }
+
+    fn fork(&self) -> Result<Box<dyn Selector>> {
+        Ok(Box::new(self.clone()))
+    }
+
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

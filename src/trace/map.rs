@@ -9,7 +9,7 @@ use memmap2::Mmap;
 use super::TraceError;
 
 /// Maps the whole file at `path` read-only. An empty file gives an empty map.
-pub(super) fn map_file(path: &Path) -> Result<Mmap, TraceError> {
+pub(crate) fn map_file(path: &Path) -> Result<Mmap, TraceError> {
     let file = File::open(path).map_err(TraceError::io(path, "open"))?;
     let metadata = file.metadata().map_err(TraceError::io(path, "open"))?;
     if !metadata.is_file() {

@@ -25,6 +25,7 @@ pub mod synth;
 mod write;
 
 pub use error::TraceError;
+pub(crate) use map::map_file;
 pub use meta::{FORMAT, Segment, TraceMeta};
 pub use read::{Tensor, Trace};
 pub use rope::{Rope, Rotation, rope_error};

@@ -1,5 +1,7 @@
 //! Random models and an independent f64 oracle.
 
+#![allow(dead_code, reason = "every test binary compiles this file and uses its own part of it")]
+
 use floe::{Config, DecodeStep, Engine, HeadShape, KvDtype, LayerId, SeqId, StepReport, TensorView};
 use half::bf16;
 use rand::{Rng, SeedableRng};
@@ -76,6 +78,13 @@ impl Layer {
         (out, report)
     }
 
+    /// Queries of `tokens`, `[tokens, num_q_heads, head_dim]`.
+    pub fn queries(&self, tokens: std::ops::Range<usize>) -> TensorView<'_> {
+        let per_token = self.heads.num_q_heads() * self.heads.head_dim();
+        let shape = [tokens.len(), self.heads.num_q_heads(), self.heads.head_dim()];
+        TensorView::contiguous(&self.q[tokens.start * per_token..tokens.end * per_token], shape).unwrap()
+    }
+
     fn query(&self, position: usize) -> &[f32] {
         let per_token = self.heads.num_q_heads() * self.heads.head_dim();
         &self.q[position * per_token..][..per_token]
@@ -83,6 +92,11 @@ impl Layer {
 
     /// Full attention of the token at `position` over `0..=position`, every number in f64, no shared code.
     pub fn oracle(&self, position: usize) -> Vec<f64> {
+        self.oracle_from(0, position)
+    }
+
+    /// Attention of the token at `position` over `first..=position`.
+    pub fn oracle_from(&self, first: usize, position: usize) -> Vec<f64> {
         let (dim, kv_heads) = (self.heads.head_dim(), self.heads.num_kv_heads());
         let mut out = Vec::new();
         for (head, q) in self.query(position).chunks_exact(dim).enumerate() {
@@ -90,7 +104,7 @@ impl Layer {
             let row = |data: &[f32], t: usize| -> Vec<f64> {
                 data[(t * kv_heads + kv_head) * dim..][..dim].iter().map(|x| f64::from(*x)).collect()
             };
-            let logits: Vec<f64> = (0..=position)
+            let logits: Vec<f64> = (first..=position)
                 .map(|t| {
                     let dot: f64 = row(&self.k, t).iter().zip(q).map(|(k, q)| k * f64::from(*q)).sum();
                     dot * f64::from(self.scale())
@@ -101,7 +115,7 @@ impl Layer {
             let mut sum = vec![0.0; dim];
             for (t, logit) in logits.iter().enumerate() {
                 let weight = (logit - max).exp() / total;
-                sum.iter_mut().zip(row(&self.v, t)).for_each(|(s, v)| *s += weight * v);
+                sum.iter_mut().zip(row(&self.v, first + t)).for_each(|(s, v)| *s += weight * v);
             }
             out.extend(sum);
         }

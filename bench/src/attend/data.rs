@@ -53,16 +53,31 @@ pub fn queries(group: usize, head_dim: usize) -> Vec<f32> {
     (0..group * head_dim).map(|_| random.next()).collect()
 }
 
+/// Lists of `num` ascending rows of `context`, one at a random place in each of `num` equal parts; as many lists as are needed
+/// to leave the caches.
+pub fn scattered(num: usize, context: usize, row_bytes: usize) -> Vec<Vec<u32>> {
+    let mut random = Random(7);
+    let mut row = |i: usize| {
+        let (start, end) = (i * context / num, (i + 1) * context / num);
+        (start + random.bits() as usize % (end - start)) as u32
+    };
+    (0..TOTAL_BYTES.div_ceil(num * row_bytes)).map(|_| (0..num).map(&mut row).collect()).collect()
+}
+
 /// SplitMix64 (Steele, Lea, Flood 2014).
 struct Random(u64);
 
 impl Random {
-    /// Uniform in [-VALUE_MAX, VALUE_MAX).
-    fn next(&mut self) -> f32 {
+    fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let unit = ((x ^ (x >> 31)) >> 40) as f32 / (1u64 << 24) as f32;
+        x ^ (x >> 31)
+    }
+
+    /// Uniform in [-VALUE_MAX, VALUE_MAX).
+    fn next(&mut self) -> f32 {
+        let unit = (self.bits() >> 40) as f32 / (1u64 << 24) as f32;
         (unit * 2.0 - 1.0) * VALUE_MAX as f32
     }
 }

@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use clap::ValueEnum;
 use floe_cuda::twin::attend_f64;
-use floe_cuda::{Attend, AttendParams, Isa, KvElem, KvRows, Rows, SplitScratch, StateMut, dense_decode};
+use floe_cuda::{
+    Attend, AttendParams, AttendScratch, Isa, KernelError, KvElem, KvRows, Rows, SplitScratch, StateMut,
+    dense_decode, sparse_decode,
+};
 use half::{bf16, f16};
 use serde::Serialize;
 
@@ -60,7 +63,10 @@ pub struct Args {
     /// Tokens of context.
     #[arg(long, value_delimiter = ',', default_value = "32768,131072")]
     contexts: Vec<usize>,
-    /// Numbers of threads.
+    /// Also attend to this many rows, evenly scattered over the context and listed, on one thread.
+    #[arg(long, value_delimiter = ',', default_value = "256,1024")]
+    budgets: Vec<usize>,
+    /// Numbers of threads for the whole context.
     #[arg(long, value_delimiter = ',', default_value = "1,2")]
     threads: Vec<usize>,
     /// Dimensions of a head.
@@ -88,6 +94,8 @@ struct Row {
     group: usize,
     head_dim: usize,
     context: usize,
+    /// Rows that are read: the context, or a budget.
+    num_rows: usize,
     threads: usize,
     /// Bytes of K and V that one call reads.
     bytes: usize,
@@ -95,6 +103,9 @@ struct Row {
     spread: Spread,
     /// `bytes` per median second, 10^9.
     gb_s: f64,
+    /// `bytes` per second of the shortest call, 10^9: on a shared machine what a call does when nobody is in its way, as the
+    /// bandwidths are the best of several.
+    best_gb_s: f64,
     /// `gb_s` over the copy bandwidth of as many threads.
     copy_share: f64,
     /// `gb_s` over the read bandwidth.
@@ -143,6 +154,48 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Which rows of a shard a case reads.
+enum Part {
+    Whole,
+    /// One list after the other.
+    Listed(Vec<Vec<u32>>),
+}
+
+#[derive(Default)]
+struct Scratch {
+    split: SplitScratch,
+    listed: AttendScratch,
+    calls: usize,
+}
+
+impl Scratch {
+    /// The measured call.
+    fn run<R: KvRows>(
+        &mut self,
+        attend: &Attend<'_, R>,
+        part: &Part,
+        state: StateMut<'_>,
+    ) -> Result<(), KernelError> {
+        match part {
+            Part::Whole => dense_decode(attend, 0..attend.rows.num_rows(), &mut self.split, state),
+            Part::Listed(lists) => {
+                let list = &lists[self.calls % lists.len()];
+                self.calls += 1;
+                sparse_decode(attend, Rows::List(list), &mut self.listed, state)
+            }
+        }
+    }
+}
+
+/// What was measured.
+struct Case {
+    group: usize,
+    context: usize,
+    num_rows: usize,
+    error: f64,
+    spread: Spread,
+}
+
 struct Bench<'a> {
     args: &'a Args,
     isa: Isa,
@@ -161,42 +214,68 @@ impl Bench<'_> {
                 if let Queries::Bf16 = self.args.queries {
                     q.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
                 }
-                let error = self.verify(&shards, &q)?;
+                let error = self.verify(&shards, &q, &Part::Whole)?;
                 for (pool, bounds) in self.pools.iter().zip(self.bounds) {
-                    let spread = pool.install(|| self.time(&shards, &q))?;
-                    let bytes = context * 2 * d * size_of::<E>();
-                    let gb_s = bytes as f64 / spread.median_us / 1e3;
-                    // Two multiply-adds per head and dimension, against two elements.
-                    let fma_per_byte = group as f64 / size_of::<E>() as f64;
-                    rows.push(Row {
-                        dtype: E::NAME,
-                        isa: self.isa.name(),
-                        group,
-                        head_dim: d,
-                        context,
-                        threads: bounds.threads,
-                        bytes,
-                        spread,
-                        gb_s,
-                        copy_share: gb_s / bounds.copy_gb_s,
-                        read_share: gb_s / bounds.read_gb_s,
-                        compute_bound_gb_s: bounds.gfma_s.map(|rate| rate / fma_per_byte),
-                        error,
-                    });
+                    let spread = pool.install(|| self.time(&shards, &q, &Part::Whole))?;
+                    rows.push(
+                        self.row::<E>(Case { group, context, num_rows: context, error, spread }, bounds),
+                    );
+                }
+                let Some((pool, bounds)) = self.pools.iter().zip(self.bounds).find(|(_, b)| b.threads == 1)
+                else {
+                    continue;
+                };
+                for &budget in self.args.budgets.iter().filter(|&&budget| budget < context) {
+                    let part = Part::Listed(data::scattered(budget, context, 2 * d * size_of::<E>()));
+                    let error = self.verify(&shards, &q, &part)?;
+                    let spread = pool.install(|| self.time(&shards, &q, &part))?;
+                    rows.push(
+                        self.row::<E>(Case { group, context, num_rows: budget, error, spread }, bounds),
+                    );
                 }
             }
         }
         Ok(())
     }
 
+    /// A measured case beside its bounds.
+    fn row<E: KvElem>(&self, case: Case, bounds: &Bounds) -> Row {
+        let Case { group, context, num_rows, error, spread } = case;
+        let bytes = num_rows * 2 * self.args.head_dim * size_of::<E>();
+        let gb_s = bytes as f64 / spread.median_us / 1e3;
+        // Two multiply-adds per head and dimension, against two elements.
+        let fma_per_byte = group as f64 / size_of::<E>() as f64;
+        Row {
+            dtype: E::NAME,
+            isa: self.isa.name(),
+            group,
+            head_dim: self.args.head_dim,
+            context,
+            num_rows,
+            threads: bounds.threads,
+            bytes,
+            spread,
+            gb_s,
+            best_gb_s: bytes as f64 / spread.best_us / 1e3,
+            copy_share: gb_s / bounds.copy_gb_s,
+            read_share: gb_s / bounds.read_gb_s,
+            compute_bound_gb_s: bounds.gfma_s.map(|rate| rate / fma_per_byte),
+            error,
+        }
+    }
+
     /// Error of the first shard's attention against the f64 oracle; too large a one is a failure.
-    fn verify<E: KvElem>(&self, shards: &Shards<E>, q: &[f32]) -> anyhow::Result<f64> {
+    fn verify<E: KvElem>(&self, shards: &Shards<E>, q: &[f32], part: &Part) -> anyhow::Result<f64> {
         let rows = shards.rows(0)?;
         let attend = self.attend(q, &rows);
-        let want = attend_f64(&attend, &Rows::Range(0..rows.num_rows()))?;
+        let which = match part {
+            Part::Whole => Rows::Range(0..rows.num_rows()),
+            Part::Listed(lists) => Rows::List(&lists[0]),
+        };
+        let want = attend_f64(&attend, &which)?;
         let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / self.args.head_dim]);
         let state = StateMut { out: &mut out, lse: &mut lse };
-        dense_decode(&attend, 0..rows.num_rows(), &mut SplitScratch::default(), state)?;
+        Scratch::default().run(&attend, part, state)?;
         let worst = |got: &[f32], want: &[f64]| {
             got.iter().zip(want).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max)
         };
@@ -206,9 +285,9 @@ impl Bench<'_> {
     }
 
     /// Times calls on one shard after the other.
-    fn time<E: KvElem>(&self, shards: &Shards<E>, q: &[f32]) -> anyhow::Result<Spread> {
+    fn time<E: KvElem>(&self, shards: &Shards<E>, q: &[f32], part: &Part) -> anyhow::Result<Spread> {
         let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / self.args.head_dim]);
-        let mut scratch = SplitScratch::default();
+        let mut scratch = Scratch::default();
         let mut seconds = Vec::new();
         let limit = Duration::from_secs_f64(self.args.seconds);
         let start = Instant::now();
@@ -218,7 +297,7 @@ impl Bench<'_> {
             let attend = self.attend(q, &rows);
             let state = StateMut { out: &mut out, lse: &mut lse };
             let before = Instant::now();
-            dense_decode(&attend, 0..rows.num_rows(), &mut scratch, state)?;
+            scratch.run(&attend, part, state)?;
             if call >= shards.len() {
                 seconds.push(before.elapsed().as_secs_f64());
                 if start.elapsed() >= limit && seconds.len() >= shards.len() {

@@ -41,36 +41,40 @@ pub fn print(bounds: &[Bounds], rows: &[Row]) -> anyhow::Result<()> {
     }
     writeln!(
         to,
-        "\n{:>5} {:>7} {:>5} {:>7} {:>7} {:>8} {:>10} {:>21} {:>7} {:>6} {:>6} {:>8} {:>8}",
+        "\n{:>5} {:>7} {:>5} {:>7} {:>7} {:>7} {:>8} {:>10} {:>19} {:>7} {:>7} {:>6} {:>6} {:>8} {:>8}",
         "dtype",
         "isa",
         "group",
         "context",
+        "rows",
         "threads",
         "MB",
         "median us",
         "p10..p90 us",
         "GB/s",
+        "best",
         "/copy",
         "/read",
         "compute",
         "error"
     )?;
     for r in rows {
-        let spread = format!("{:.1}..{:.0}", r.spread.p10_us, r.spread.p90_us);
+        let spread = format!("{:.1}..{:.1}", r.spread.p10_us, r.spread.p90_us);
         let compute = r.compute_bound_gb_s.map_or("-".to_owned(), |bound| format!("{bound:.1}"));
         writeln!(
             to,
-            "{:>5} {:>7} {:>5} {:>7} {:>7} {:>8.1} {:>10.0} {:>21} {:>7.1} {:>5.0}% {:>5.0}% {:>8} {:>8.0e}",
+            "{:>5} {:>7} {:>5} {:>7} {:>7} {:>7} {:>8.2} {:>10.1} {:>19} {:>7.1} {:>7.1} {:>5.0}% {:>5.0}% {:>8} {:>8.0e}",
             r.dtype,
             r.isa,
             r.group,
             r.context,
+            r.num_rows,
             r.threads,
             r.bytes as f64 / 1e6,
             r.spread.median_us,
             spread,
             r.gb_s,
+            r.best_gb_s,
             r.copy_share * 100.0,
             r.read_share * 100.0,
             compute,

@@ -17,7 +17,7 @@ pub(super) struct HeadBlock<'a> {
     pub q: &'a [f32],
     /// Weighted sums of values, same shape, in the element type's lane order.
     pub sums: &'a mut [f32],
-    /// Running maximum, [lanes]: head `h` in the lanes that equal `h` modulo the padded number of heads.
+    /// Running maximum, `[lanes]`: head `h` in the lanes that equal `h` modulo the padded number of heads.
     pub max: &'a mut [f32; LANES_MAX],
     /// Running sum of weights: the sum over those lanes.
     pub norm: &'a mut [f32; LANES_MAX],

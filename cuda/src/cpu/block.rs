@@ -1,6 +1,6 @@
 //! A few rows at a time: where each lies, and the rows that come next.
 
-use super::simd::prefetch;
+use super::simd::{LINE, prefetch};
 use crate::rows::checked_run;
 use crate::{KernelError, KvRows, Rows};
 
@@ -40,6 +40,16 @@ impl<'a, E> Block<'a, E> {
     pub fn touch(&self) {
         for row in &self.rows[..self.num] {
             prefetch(row.as_ptr());
+        }
+    }
+
+    /// Asks for every line of every row: for the first block, which nothing has prefetched.
+    pub fn fetch(&self) {
+        self.touch();
+        for row in &self.rows[..self.num] {
+            for line in (LINE..size_of_val(*row)).step_by(LINE) {
+                prefetch(row.as_ptr().cast::<u8>().wrapping_add(line));
+            }
         }
     }
 

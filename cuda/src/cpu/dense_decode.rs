@@ -32,10 +32,10 @@ fn split_rows(len: usize) -> usize {
     len.div_ceil(SPLITS_MAX).next_multiple_of(64).max(SPLIT_ROWS_MIN)
 }
 
-/// As [`sparse_decode`] over `range`, split over tokens. The same bits for any number of threads.
+/// As [`sparse_decode`](super::sparse_decode()) over `range`, split over tokens. The same bits for any number of threads.
 ///
 /// # Errors
-/// As [`sparse_decode`].
+/// As [`sparse_decode`](super::sparse_decode()).
 pub fn dense_decode<R: KvRows>(
     attend: &Attend<'_, R>,
     range: Range<usize>,

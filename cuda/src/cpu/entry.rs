@@ -1,4 +1,4 @@
-//! Entry points of the vector kernels: where the instructions of an [`Isa`] are enabled, one instance per number of heads.
+//! Entry points of the vector kernels: where the instructions of an [`Isa`](crate::Isa) are enabled, one instance per number of heads.
 //!
 //! Tiles per number of heads (rows x heads for scores; heads x chunks for values): sixteen (AVX2: eight) sums are in
 //! flight in both, more than the two multipliers' latency of four cycles needs, and with the operands they fit the

@@ -10,6 +10,7 @@ mod dot;
 #[cfg(target_arch = "x86_64")]
 mod entry;
 mod fma_rate;
+pub mod quant;
 mod score_rows;
 mod scratch;
 pub(crate) mod simd;

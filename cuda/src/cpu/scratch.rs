@@ -39,7 +39,7 @@ impl AlignedBuf {
 }
 
 impl AttendScratch {
-    /// Scores [num_rows] and value sums [head_dim] of the scalar twin.
+    /// Scores `[num_rows]` and value sums `[head_dim]` of the scalar twin.
     pub(crate) fn twin_buffers(&mut self, num_rows: usize, head_dim: usize) -> (&mut [f32], &mut [f64]) {
         grow(&mut self.twin_scores, num_rows);
         grow(&mut self.twin_sums, head_dim);

@@ -10,11 +10,8 @@
 )]
 
 use super::dot::Dot;
-use super::simd::{LANES_MAX, Simd, prefetch};
+use super::simd::{LANES_MAX, LINE, Simd, prefetch};
 use crate::KvElem;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// One chunk of a value of `head_dim` elements: the part from `at` on, zeros after the last.
 ///
@@ -107,7 +104,7 @@ pub(super) struct Weighted<'a, E> {
 /// # Safety
 /// - The obligations of [`Simd`].
 /// - `at` is a multiple of the chunk, `at + (C - 1)` chunks lies below `head_dim`; every row has 2 `head_dim` elements.
-/// - `weights` is valid for [rows.len(), HP] f32, `sums` for [H, padded head_dim], `factor` for [H].
+/// - `weights` is valid for [rows.len(), HP] f32, `sums` for [H, padded head_dim], `factor` for `[H]`.
 #[inline(always)]
 pub(super) unsafe fn value_tile<S: Simd, E: KvElem, const H: usize, const HP: usize, const C: usize>(
     from: Weighted<'_, E>,

@@ -11,36 +11,20 @@ use crate::simd::vectorise::{
 };
 
 /// Points that a cut looks at to find its direction.
-const SAMPLE: usize = 256;
+const SAMPLE: usize = 128;
 /// 2-means rounds on the sample.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 3;
 /// Sets at least this large are cut by two threads.
 const PARALLEL: usize = 4096;
 
-/// Rows `[n, dim]`, row-major f32.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows<'a> {
-    pub data: &'a [f32],
-    pub dim: usize,
-}
-
-impl<'a> Rows<'a> {
-    pub fn len(&self) -> usize {
-        self.data.len() / self.dim
-    }
-
-    pub fn row(&self, i: u32) -> &'a [f32] {
-        &self.data[i as usize * self.dim..][..self.dim]
-    }
-}
-
-/// Orders the rows so that consecutive leaves of at most `target` rows are clusters. Returns the order and the leaf sizes.
-pub(crate) fn bisect(isa: Isa, rows: Rows<'_>, codes: &Codes, target: usize) -> (Vec<u32>, Vec<u32>) {
-    let n = rows.len();
+/// Orders the points so that consecutive leaves of at most `target` points are clusters. Returns the order and the leaf
+/// sizes.
+pub(crate) fn bisect(isa: Isa, codes: &Codes, target: usize) -> (Vec<u32>, Vec<u32>) {
+    let n = codes.len();
     let mut order: Vec<u32> = (0..n as u32).collect();
     let mut sizes = vec![0u32; n.div_ceil(target)];
     if n > 0 {
-        Cut { isa, rows, codes }.split(&mut order, &mut sizes);
+        Cut { isa, codes }.split(&mut order, &mut sizes);
     }
     (order, sizes)
 }
@@ -48,39 +32,30 @@ pub(crate) fn bisect(isa: Isa, rows: Rows<'_>, codes: &Codes, target: usize) -> 
 #[derive(Clone, Copy)]
 struct Cut<'a> {
     isa: Isa,
-    rows: Rows<'a>,
     codes: &'a Codes,
 }
 
 impl Cut<'_> {
     fn split(self, order: &mut [u32], sizes: &mut [u32]) {
         if sizes.len() == 1 {
-            order.sort_unstable();
             sizes[0] = order.len() as u32;
             return;
         }
         let (n, leaves) = (order.len(), sizes.len());
         let step = n.div_ceil(SAMPLE);
-        let mut sample = Vec::with_capacity(n.div_ceil(step) * self.rows.dim);
-        for &i in order.iter().step_by(step) {
-            sample.extend_from_slice(self.rows.row(i));
-        }
-        let plane = vectorised(self.isa, TwoMeans { sample: &sample, dim: self.rows.dim });
+        let mut sample = vec![0.0; n.div_ceil(step) * self.codes.stride];
+        vectorised(self.isa, Decode { codes: self.codes, order, step, sample: &mut sample });
+        let plane = vectorised(self.isa, TwoMeans { sample: &sample, dim: self.codes.stride });
         drop(sample);
-        let mut keyed = Vec::with_capacity(n);
-        vectorised(self.isa, Project { plane: &plane, codes: self.codes, order, keyed: &mut keyed });
-        let below = keyed.iter().filter(|k| k.0 < plane.threshold).count();
+        let mut projected = vec![0.0f32; n];
+        vectorised(self.isa, Project { plane: &plane, codes: self.codes, order, projected: &mut projected });
+        let below = projected.iter().filter(|&&p| p < plane.threshold).count();
         // Neither side takes less than a quarter, so the depth stays logarithmic on any data.
         let quarter = (leaves / 4).max(1);
         let left = ((below * leaves + n / 2) / n).clamp(quarter, leaves - quarter);
         let cut = (n * left).div_ceil(leaves);
-        if cut < n {
-            keyed.select_nth_unstable_by(cut, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        }
-        for (o, k) in order.iter_mut().zip(&keyed) {
-            *o = k.1;
-        }
-        drop(keyed);
+        partition(order, &projected, cut);
+        drop(projected);
         let (order_left, order_right) = order.split_at_mut(cut);
         let (sizes_left, sizes_right) = sizes.split_at_mut(left);
         if n >= PARALLEL {
@@ -89,6 +64,60 @@ impl Cut<'_> {
             self.split(order_left, sizes_left);
             self.split(order_right, sizes_right);
         }
+    }
+}
+
+/// Brings the `cut` points of least projection to the front. Both sides keep their order: points stay in rising order, so
+/// that the passes over their codes run through memory in one direction.
+fn partition(order: &mut [u32], projected: &[f32], cut: usize) {
+    let mut sorted = projected.to_vec();
+    let Some(last) = cut.checked_sub(1) else { return };
+    let (_, &mut pivot, _) = sorted.select_nth_unstable_by(last, f32::total_cmp);
+    drop(sorted);
+    let less = projected.iter().filter(|p| p.total_cmp(&pivot).is_lt()).count();
+    let mut ties = cut - less;
+    let mut right = Vec::with_capacity(order.len() - cut);
+    let mut at = 0;
+    for (i, p) in projected.iter().enumerate() {
+        let side = p.total_cmp(&pivot);
+        if side.is_lt() || (side.is_eq() && ties > 0) {
+            ties -= usize::from(side.is_eq());
+            order[at] = order[i];
+            at += 1;
+        } else {
+            right.push(order[i]);
+        }
+    }
+    order[at..].copy_from_slice(&right);
+}
+
+/// Every `step`-th point as f32.
+struct Decode<'a> {
+    codes: &'a Codes,
+    order: &'a [u32],
+    step: usize,
+    sample: &'a mut [f32],
+}
+
+impl Kernel for Decode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let stride = self.codes.stride;
+        for (row, &i) in self.sample.chunks_exact_mut(stride).zip(self.order.iter().step_by(self.step)) {
+            decode(self.codes, i, 1.0, row);
+        }
+    }
+}
+
+/// `sum += by * point`.
+#[inline(always)]
+pub(super) fn decode(codes: &Codes, i: u32, by: f32, sum: &mut [f32]) {
+    let scale = by * codes.scale[i as usize];
+    let row = &codes.rows[i as usize * codes.stride..][..codes.stride];
+    for (s, &code) in sum.iter_mut().zip(row) {
+        *s += scale * f32::from(code);
     }
 }
 
@@ -177,7 +206,7 @@ struct Project<'a> {
     plane: &'a Plane,
     codes: &'a Codes,
     order: &'a [u32],
-    keyed: &'a mut Vec<(f32, u32)>,
+    projected: &'a mut [f32],
 }
 
 impl Kernel for Project<'_> {
@@ -187,9 +216,9 @@ impl Kernel for Project<'_> {
     fn run(self) {
         let stride = self.codes.stride;
         let direction = &self.plane.direction[..stride];
-        for &i in self.order {
+        for (projected, &i) in self.projected.iter_mut().zip(self.order) {
             let row = &self.codes.rows[i as usize * stride..][..stride];
-            self.keyed.push((dot_bytes(row, direction) as f32 * self.codes.scale[i as usize], i));
+            *projected = dot_bytes(row, direction) as f32 * self.codes.scale[i as usize];
         }
     }
 }

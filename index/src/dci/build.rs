@@ -1,8 +1,9 @@
 //! Build: tokens into pages, pages into super-nodes, and so on to the top.
 
 use super::Dci;
-use super::bisect::{Rows, bisect};
-use super::codebook::{Codebook, Codes};
+use super::bisect::bisect;
+use super::codebook::Codes;
+use super::neighbours::Neighbours;
 use super::refine::{self, Pack};
 use crate::blocks::{Blocks, LANES};
 use crate::index::Batch;
@@ -13,6 +14,8 @@ use crate::simd::Isa;
 const NODE_FILL: usize = 14;
 /// Refinement rounds.
 const ROUNDS: usize = 3;
+/// Refinement rounds above the pages, where there are few points.
+const NODE_ROUNDS: usize = 4;
 /// Neighbouring super-nodes whose pages a token may join.
 const NEARBY: usize = 7;
 
@@ -24,36 +27,23 @@ impl Dci {
             return;
         }
         self.pages.frame.settle(batch.keys, batch.values);
-        let mut keys = vec![0.0f32; batch.keys.len()];
-        self.pages.frame.key_in(batch.keys, &mut keys);
-        let rows = Rows { data: &keys, dim };
-        let codes = Codes::of(&keys, dim);
-        let (order, sizes) = bisect(self.isa, rows, &codes, LANES);
-        let mut pack = Pack { members: leaves(&order, &sizes), blocks: Vec::new() };
-        for _ in 0..ROUNDS {
-            let means = regroup(self.isa, rows, &mut pack);
-            let nearby = nearby(self.isa, Rows { data: &means, dim }, &pack);
-            refine::round(self.isa, &codes, &means, &mut pack, &nearby);
-        }
-        regroup(self.isa, rows, &mut pack);
+        let (order, pack) = pack(self.isa, Codes::centred(batch.keys, &self.pages.frame.key_centre));
         self.pages.blocks.add_blocks(pack.blocks.len());
-        let mut buffer = vec![0.0f32; 3 * LANES * dim];
+        let mut rows = vec![0.0f32; 2 * LANES * dim];
+        let (keys, values) = rows.split_at_mut(LANES * dim);
         let mut ids = [0u32; LANES];
         for (block, pages) in pack.blocks.iter().enumerate() {
             for (lane, &page) in pages.iter().enumerate() {
                 let members = &pack.members[page as usize];
-                let (key_rows, rest) = buffer.split_at_mut(LANES * dim);
-                let (value_rows, raw) = rest.split_at_mut(LANES * dim);
-                let m = members.len() * dim;
-                for (i, &token) in members.iter().enumerate() {
-                    ids[i] = batch.ids[token as usize];
-                    let from = token as usize * dim..(token as usize + 1) * dim;
-                    key_rows[i * dim..(i + 1) * dim].copy_from_slice(&keys[from.clone()]);
-                    raw[i * dim..(i + 1) * dim].copy_from_slice(&batch.values[from]);
+                let m = members.len();
+                for (i, &member) in members.iter().enumerate() {
+                    let token = order[member as usize] as usize;
+                    let (from, to) = (token * dim..(token + 1) * dim, i * dim..(i + 1) * dim);
+                    ids[i] = batch.ids[token];
+                    self.pages.frame.key_in(&batch.keys[from.clone()], &mut keys[to.clone()]);
+                    self.pages.frame.value_in(&batch.values[from], &mut values[to]);
                 }
-                self.pages.frame.value_in(&raw[..m], &mut value_rows[..m]);
-                let members =
-                    Members { ids: &ids[..members.len()], keys: &key_rows[..m], values: &value_rows[..m] };
+                let members = Members { ids: &ids[..m], keys: &keys[..m * dim], values: &values[..m * dim] };
                 self.pages.seal(block * LANES + lane, members);
             }
         }
@@ -68,17 +58,7 @@ impl Dci {
             let level = self.tree.top();
             let below = if level == 0 { &self.pages.blocks } else { &self.tree.levels[level - 1] };
             let centres = block_means(below);
-            let (order, sizes) =
-                bisect(self.isa, Rows { data: &centres, dim }, &Codes::of(&centres, dim), NODE_FILL);
-            let mut rest = order.as_slice();
-            let groups: Vec<Vec<u32>> = sizes
-                .iter()
-                .map(|&size| {
-                    let (group, after) = rest.split_at(size as usize);
-                    rest = after;
-                    group.to_vec()
-                })
-                .collect();
+            let groups = group(self.isa, &Codes::of(&centres, dim));
             self.tree.raise(&self.pages.blocks, &groups);
         }
     }
@@ -95,48 +75,56 @@ fn leaves(order: &[u32], sizes: &[u32]) -> Vec<Vec<u32>> {
     sizes.iter().map(take).collect()
 }
 
-/// Groups the pages into blocks by their means `[pages, dim]`, which it returns.
-fn regroup(isa: Isa, rows: Rows<'_>, pack: &mut Pack) -> Vec<f32> {
-    let means = refine::page_means(isa, rows, pack);
-    let (order, sizes) =
-        bisect(isa, Rows { data: &means, dim: rows.dim }, &Codes::of(&means, rows.dim), NODE_FILL);
+/// Clusters points into pages and blocks of pages. Returns the order in which the pack numbers the points, which keeps those
+/// of a page close together in memory.
+fn pack(isa: Isa, codes: Codes) -> (Vec<u32>, Pack) {
+    let (order, mut pack, codes) = cluster(isa, codes, LANES, ROUNDS);
+    let means = refine::page_means(isa, &codes, &pack);
+    pack.blocks = group(isa, &Codes::of(&means, codes.stride));
+    (order, pack)
+}
+
+/// Clusters nodes into parents.
+fn group(isa: Isa, codes: &Codes) -> Vec<Vec<u32>> {
+    let (order, pack, _) = cluster(isa, codes.clone(), NODE_FILL, NODE_ROUNDS);
+    let back = |members: Vec<u32>| members.into_iter().map(|i| order[i as usize]).collect();
+    pack.members.into_iter().map(back).collect()
+}
+
+/// Bisection and exchange: leaves of about `target` points, at most 16. Returns the order, the leaves in it, and the codes in it.
+fn cluster(isa: Isa, codes: Codes, target: usize, rounds: usize) -> (Vec<u32>, Pack, Codes) {
+    let (order, sizes) = bisect(isa, &codes, target);
+    let codes = codes.permuted(&order);
+    let numbers: Vec<u32> = (0..order.len() as u32).collect();
+    let mut pack = Pack { members: leaves(&numbers, &sizes), blocks: Vec::new() };
+    for _ in 0..rounds {
+        let means = regroup(isa, &codes, &mut pack);
+        let nearby = nearby(isa, &means, &pack);
+        refine::round(isa, &codes, &means, &mut pack, &nearby);
+    }
+    (order, pack, codes)
+}
+
+/// Groups the pages into blocks by their means `[pages, stride]`, which it returns.
+fn regroup(isa: Isa, codes: &Codes, pack: &mut Pack) -> Vec<f32> {
+    let means = refine::page_means(isa, codes, pack);
+    let (order, sizes) = bisect(isa, &Codes::of(&means, codes.stride), NODE_FILL);
     pack.blocks = leaves(&order, &sizes);
     means
 }
 
 /// The blocks nearest to each block by the means of their pages' means, itself left out.
-fn nearby(isa: Isa, means: Rows<'_>, pack: &Pack) -> Vec<Vec<u32>> {
-    let dim = means.dim;
-    let num = pack.blocks.len();
-    let mut book = Codebook::new(num.div_ceil(LANES), dim);
-    let mut points = Codes::new(num, dim);
-    let mut mean = vec![0.0f32; dim];
-    for (block, pages) in pack.blocks.iter().enumerate() {
-        mean.fill(0.0);
+fn nearby(isa: Isa, means: &[f32], pack: &Pack) -> Vec<Vec<u32>> {
+    let dim = means.len() / pack.members.len();
+    let mut centres = vec![0.0f32; pack.blocks.len() * dim];
+    for (centre, pages) in centres.chunks_exact_mut(dim).zip(&pack.blocks) {
         for &page in pages {
-            for (m, &x) in mean.iter_mut().zip(means.row(page)) {
-                *m += x / pages.len() as f32;
+            for (c, &x) in centre.iter_mut().zip(&means[page as usize * dim..]) {
+                *c += x / pages.len() as f32;
             }
         }
-        book.set(block, &mean);
-        points.set(block, &mean);
     }
-    let mut near: Vec<Vec<(f32, u32)>> = vec![Vec::new(); num];
-    let mut dots = Vec::new();
-    for block in 0..book.num_blocks() {
-        book.visit(isa, block, &points, &mut dots, |i, close| {
-            near[i].extend(close.iter().enumerate().map(|(lane, &c)| (c, (block * LANES + lane) as u32)));
-        });
-    }
-    near.into_iter()
-        .enumerate()
-        .map(|(i, mut near)| {
-            near.retain(|x| x.1 as usize != i && (x.1 as usize) < num);
-            near.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            near.truncate(NEARBY);
-            near.into_iter().map(|x| x.1).collect()
-        })
-        .collect()
+    Neighbours::new(isa, &centres, dim).nearest_to_all(NEARBY)
 }
 
 /// Mean key of the live entries of every block, `[blocks, dim]`.

@@ -1,10 +1,15 @@
 //! Eight-bit centres in blocks of sixteen, for finding the nearest centre of many points at once.
 
+use rayon::prelude::*;
+
 use crate::blocks::LANES;
 use crate::index::MAX_DIM;
 use crate::quant::{QUAD, ZERO, quads_of, quantise};
 use crate::simd::Isa;
 use crate::simd::dense;
+
+/// Rows that one task codes.
+const ROWS: usize = 1024;
 
 /// Points at eight bits: `[n, stride]` signed codes with a scale each, `stride` = dimension rounded up to four.
 #[derive(Clone, Debug)]
@@ -27,7 +32,11 @@ impl Codes {
     pub fn set(&mut self, i: usize, row: &[f32]) {
         let codes = &mut self.rows[i * self.stride..][..row.len()];
         self.scale[i] = quantise(Isa::detect(), row, codes);
-        self.offset[i] = 128 * codes.iter().map(|&c| i32::from(c)).sum::<i32>();
+        self.offset[i] = offset_of(codes);
+    }
+
+    pub fn len(&self) -> usize {
+        self.scale.len()
     }
 
     /// All rows `[n, dim]` of `data`.
@@ -35,6 +44,36 @@ impl Codes {
         let mut codes = Self::new(data.len() / dim, dim);
         for (i, row) in data.chunks_exact(dim).enumerate() {
             codes.set(i, row);
+        }
+        codes
+    }
+
+    /// All rows `[n, dim]` of `data` less `centre` `[dim]`.
+    pub fn centred(data: &[f32], centre: &[f32]) -> Self {
+        let dim = centre.len();
+        let mut codes = Self::new(data.len() / dim, dim);
+        let stride = codes.stride;
+        let numbers = codes.scale.par_chunks_mut(ROWS).zip(codes.offset.par_chunks_mut(ROWS));
+        let rows = codes.rows.par_chunks_mut(ROWS * stride).zip(data.par_chunks(ROWS * dim));
+        rows.zip(numbers).for_each(|((rows, data), (scale, offset))| {
+            let mut shifted = [0.0f32; MAX_DIM];
+            let shifted = &mut shifted[..dim];
+            for (i, (row, data)) in rows.chunks_exact_mut(stride).zip(data.chunks_exact(dim)).enumerate() {
+                for ((s, &x), &c) in shifted.iter_mut().zip(data).zip(centre) {
+                    *s = x - c;
+                }
+                scale[i] = quantise(Isa::detect(), shifted, &mut row[..dim]);
+                offset[i] = offset_of(row);
+            }
+        });
+        codes
+    }
+
+    /// The same points in another order.
+    pub fn permuted(&self, order: &[u32]) -> Self {
+        let mut codes = Self::new(order.len(), self.stride);
+        for (to, &from) in order.iter().enumerate() {
+            codes.copy_from(to, self, from as usize);
         }
         codes
     }
@@ -47,6 +86,11 @@ impl Codes {
         self.scale[to] = other.scale[from];
         self.offset[to] = other.offset[from];
     }
+}
+
+/// See `Codes::offset`.
+fn offset_of(codes: &[i8]) -> i32 {
+    128 * codes.iter().map(|&c| i32::from(c)).sum::<i32>()
 }
 
 /// Centres `[blocks * 16]`; unused lanes are never nearest.

@@ -1,7 +1,7 @@
 //! Insertion: tokens wait young; when enough wait, the oldest and its fifteen nearest become a page of the nearest super-node.
 
 use super::Dci;
-use super::bisect::{Rows, bisect};
+use super::bisect::bisect;
 use super::codebook::Codes;
 use crate::blocks::{Blocks, LANES};
 use crate::index::Batch;
@@ -9,8 +9,12 @@ use crate::pages::Members;
 use crate::simd::Isa;
 use crate::simd::dense;
 
-/// Young tokens that wait before a page is made of sixteen of them.
+/// Most young tokens that wait before a page is made of sixteen of them.
 const YOUNG_MAX: usize = 512;
+/// Fewest: more than the window of a decoder, so that pages are made of tokens that left it.
+const YOUNG_MIN: usize = 128;
+/// Young tokens are held at sixteen times the bytes of a page's: this part of all tokens keeps them below 1 % of the index.
+const YOUNG_PART: usize = 128;
 
 impl Dci {
     /// Inserts a checked batch.
@@ -23,7 +27,8 @@ impl Dci {
             self.pages.frame.key_in(&batch.keys[i * dim..(i + 1) * dim], key);
             self.pages.frame.value_in(&batch.values[i * dim..(i + 1) * dim], value);
             self.pages.add_young(id, key, value);
-            if self.pages.num_young >= YOUNG_MAX {
+            let limit = (self.pages.map.len() / YOUNG_PART).clamp(YOUNG_MIN, YOUNG_MAX);
+            if self.pages.num_young >= limit {
                 self.seal_oldest();
             }
         }
@@ -128,8 +133,7 @@ impl Dci {
         for (e, row) in Blocks::entries(block).zip(keys.chunks_exact_mut(dim)) {
             self.pages.blocks.read_key(e, row);
         }
-        let (order, sizes) =
-            bisect(Isa::detect(), Rows { data: &keys, dim }, &Codes::of(&keys, dim), LANES / 2);
+        let (order, sizes) = bisect(Isa::detect(), &Codes::of(&keys, dim), LANES / 2);
         let other = self.pages.blocks.add_blocks(1);
         self.tree.track(0, other + 1);
         for (i, &lane) in order[sizes[0] as usize..].iter().enumerate() {

@@ -7,6 +7,7 @@ mod bisect;
 mod build;
 mod codebook;
 mod insert;
+mod neighbours;
 mod refine;
 mod search;
 mod tree;
@@ -14,11 +15,14 @@ mod tree;
 use crate::check;
 use crate::error::IndexError;
 use crate::flat::{Flat, check_dim};
-use crate::found::{Found, YOUNG};
+use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Pages, Removed};
 use crate::scratch::Scratch;
+use crate::search::tail;
 use crate::simd::Isa;
+use crate::sketch::SketchConfig;
+use crate::snapshot::{Kind, Reader, Writer};
 use tree::Tree;
 
 /// See the module documentation.
@@ -35,8 +39,28 @@ impl Dci {
     /// # Errors
     /// `Config` when `dim` is 0 or above `MAX_DIM`.
     pub fn new(dim: usize) -> Result<Self, IndexError> {
+        Self::with_sketch(dim, SketchConfig::OFF)
+    }
+
+    /// The same with residual codes beside every page.
+    ///
+    /// # Errors
+    /// `Config` when `dim` is 0 or above `MAX_DIM`.
+    pub fn with_sketch(dim: usize, sketch: SketchConfig) -> Result<Self, IndexError> {
         check_dim(dim)?;
-        Ok(Self { isa: Isa::detect(), pages: Pages::new(dim), tree: Tree::new(dim) })
+        Ok(Self { isa: Isa::detect(), pages: Pages::new(dim, sketch)?, tree: Tree::new(dim) })
+    }
+
+    /// The index that `snapshot` wrote.
+    ///
+    /// # Errors
+    /// `Snapshot` for any other bytes.
+    pub fn restore(bytes: &[u8]) -> Result<Self, IndexError> {
+        let mut from = Reader::new(bytes, Kind::Dci)?;
+        let pages = Pages::read_from(&mut from)?;
+        let tree = Tree::read_from(&pages.blocks, &mut from)?;
+        from.finish()?;
+        Ok(Self { isa: Isa::detect(), pages, tree })
     }
 
     /// The same pages without the tree: the oracle of every search.
@@ -110,12 +134,8 @@ impl KeyIndex for Dci {
         scratch: &mut Scratch,
         state: TailOut<'_>,
     ) -> Result<(), IndexError> {
-        let level = |level| match level {
-            YOUNG => &self.pages.young,
-            0 => &self.pages.blocks,
-            above => &self.tree.levels[usize::from(above) - 1],
-        };
-        crate::search::tail(self.isa, &self.pages, (query, found, scratch), level, state)
+        let from = (&self.pages, self.tree.levels.as_slice());
+        tail(self.isa, from, (query, found, scratch), state)
     }
 
     fn memory(&self) -> MemoryReport {
@@ -123,6 +143,9 @@ impl KeyIndex for Dci {
     }
 
     fn snapshot(&self) -> Vec<u8> {
-        Vec::new()
+        let mut to = Writer::new(Kind::Dci);
+        self.pages.write_to(&mut to);
+        self.tree.write_to(&mut to);
+        to.finish()
     }
 }

@@ -6,11 +6,11 @@
 
 use rayon::prelude::*;
 
-use super::bisect::Rows;
+use super::bisect::decode;
 use super::codebook::{Codebook, Codes};
 use crate::blocks::LANES;
 use crate::simd::Isa;
-use crate::simd::vectorise::{Kernel, add_scaled, dot, dot_bytes, vectorised};
+use crate::simd::vectorise::{Kernel, dot, dot_bytes, vectorised};
 
 /// Pages as lists of rows, grouped into blocks of at most 16 pages.
 #[derive(Clone, Debug)]
@@ -31,7 +31,7 @@ struct Wish {
 }
 
 struct Mean<'a> {
-    rows: Rows<'a>,
+    codes: &'a Codes,
     members: &'a [u32],
     mean: &'a mut [f32],
 }
@@ -44,16 +44,16 @@ impl Kernel for Mean<'_> {
         self.mean.fill(0.0);
         let share = 1.0 / self.members.len().max(1) as f32;
         for &i in self.members {
-            add_scaled(self.mean, share, self.rows.row(i));
+            decode(self.codes, i, share, self.mean);
         }
     }
 }
 
-/// Mean rows of all pages, `[pages, dim]`.
-pub(crate) fn page_means(isa: Isa, rows: Rows<'_>, pack: &Pack) -> Vec<f32> {
-    let mut means = vec![0.0f32; pack.members.len() * rows.dim];
-    let mean = |(mean, members): (&mut [f32], &Vec<u32>)| vectorised(isa, Mean { rows, members, mean });
-    means.par_chunks_mut(rows.dim).zip(&pack.members).for_each(mean);
+/// Mean rows of all pages, `[pages, stride]`.
+pub(crate) fn page_means(isa: Isa, codes: &Codes, pack: &Pack) -> Vec<f32> {
+    let mut means = vec![0.0f32; pack.members.len() * codes.stride];
+    let mean = |(mean, members): (&mut [f32], &Vec<u32>)| vectorised(isa, Mean { codes, members, mean });
+    means.par_chunks_mut(codes.stride).zip(&pack.members).for_each(mean);
     means
 }
 
@@ -66,19 +66,26 @@ pub(crate) fn round(isa: Isa, codes: &Codes, means: &[f32], pack: &mut Pack, nea
             book.set(block * LANES + lane, &means[page as usize * dim..][..dim]);
         }
     }
-    let found: Vec<(Vec<(u32, f32)>, Vec<Wish>)> = (0..pack.blocks.len())
+    let surveys: Vec<Survey> = (0..pack.blocks.len())
         .into_par_iter()
         .map(|block| wishes_of(isa, codes, pack, &book, (block, &nearby[block])))
         .collect();
     let mut own = vec![0.0f32; codes.scale.len()];
-    for &(token, close) in found.iter().flat_map(|f| &f.0) {
+    for &(token, close) in surveys.iter().flat_map(|s| &s.own) {
         own[token as usize] = close;
     }
-    let mut wishes: Vec<Wish> = found.into_iter().flat_map(|f| f.1).collect();
+    let mut wishes: Vec<Wish> = surveys.into_iter().flat_map(|s| s.wishes).collect();
     wishes.sort_unstable_by(|a, b| b.gain.total_cmp(&a.gain).then(a.token.cmp(&b.token)));
     let mut trade = Trade { codes, means: Codes::of(means, dim), half_norm: Vec::new(), own };
     trade.half_norm = means.chunks_exact(dim).map(|m| 0.5 * dot(m, m)).collect();
     wishes.into_iter().map(|wish| trade.grant(isa, pack, wish)).sum()
+}
+
+/// What a look at one block's tokens found.
+struct Survey {
+    /// Token and its closeness to its own page.
+    own: Vec<(u32, f32)>,
+    wishes: Vec<Wish>,
 }
 
 /// What the exchange knows about tokens and pages.
@@ -156,7 +163,7 @@ fn wishes_of(
     pack: &Pack,
     book: &Codebook,
     (block, nearby): (usize, &[u32]),
-) -> (Vec<(u32, f32)>, Vec<Wish>) {
+) -> Survey {
     let tokens: Vec<(u32, usize)> = pack.blocks[block]
         .iter()
         .enumerate()
@@ -189,5 +196,5 @@ fn wishes_of(
         (to != from).then_some(Wish { gain: close - own[i], token, from, to })
     };
     let wishes = (0..tokens.len()).filter_map(wish).collect();
-    (tokens.iter().zip(&own).map(|(t, &o)| (t.0, o)).collect(), wishes)
+    Survey { own: tokens.iter().zip(&own).map(|(t, &o)| (t.0, o)).collect(), wishes }
 }

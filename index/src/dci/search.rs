@@ -9,7 +9,7 @@ use crate::scratch::Scratch;
 use crate::search::Pass;
 
 /// Nodes of an upper level are opened until they could hold this many times the super-nodes that will be opened.
-const SLACK: usize = 4;
+const SLACK: usize = 16;
 
 impl Dci {
     pub(super) fn search_tree(
@@ -28,12 +28,10 @@ impl Dci {
                 pass.add_pages(block);
             }
             pass.add_all_young();
-            pass.found.frontier.candidates = pass.found.frontier.parts.len();
         } else {
             self.descend(&mut pass, wanted, params);
         }
-        pass.normalise(0);
-        pass.select(params);
+        pass.choose(params);
         Ok(())
     }
 
@@ -74,24 +72,20 @@ impl Dci {
             }
             opened.sort_unstable();
         }
-        let nodes = pass.found.frontier.parts.len();
-        for &block in &opened {
-            pass.add_pages(block as usize);
-        }
-        pass.add_all_young();
-        let frontier = &mut pass.found.frontier;
-        let candidates = frontier.parts.len() - nodes;
-        frontier.rotate(candidates);
-        frontier.candidates = candidates;
         if params.tail == Tail::Page {
-            frontier.truncate(candidates);
+            // Every page answers for itself: the nodes do not.
+            pass.found.frontier.clear();
             let mut next = opened.iter().peekable();
             for block in 0..self.pages.blocks.num_blocks() {
-                if next.next_if(|&&b| b as usize == block).is_none() {
-                    pass.add_pages(block);
+                match next.next_if(|&&b| b as usize == block) {
+                    Some(_) => pass.add_pages(block),
+                    None => pass.add_silent_pages(block),
                 }
             }
+        } else {
+            pass.add_opened(&opened);
         }
+        pass.add_all_young();
         pass.scratch.opened = opened;
         pass.scratch.ranked = ranked;
     }

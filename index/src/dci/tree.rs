@@ -1,13 +1,17 @@
 //! Everything above the pages: levels of node summaries and the links between them.
 
-use super::bisect::{Rows, bisect};
+use super::bisect::bisect;
 use super::codebook::Codes;
 use crate::blocks::{Blocks, LANES, Summary};
+use crate::error::IndexError;
 use crate::grow::grow_by;
 use crate::simd::Isa;
+use crate::snapshot::{Reader, Writer};
 
 /// The top level is scanned whole, so it may hold at most this many blocks before another level is laid over it.
 const TOP_BLOCKS: usize = 16;
+/// More levels than 2^32 pages can need.
+const LEVELS_MAX: usize = 16;
 /// Link of a block that has no parent: it belongs to the top level.
 const NO_PARENT: u32 = u32::MAX;
 
@@ -68,8 +72,17 @@ impl Tree {
             *x = (s / f64::from(total.max(1))) as f32;
         }
         let (key, value) = row.split_at(dim);
+        let mut spread = 0.0f64;
+        let mut child = vec![0.0f32; dim];
+        let below = self.blocks(pages, level);
+        for e in Blocks::entries(block).filter(|&e| below.count[e] > 0) {
+            below.read_key(e, &mut child);
+            let d: f32 = child.iter().zip(key).map(|(a, b)| (a - b) * (a - b)).sum::<f32>() / dim as f32;
+            spread += f64::from(below.count[e]) * f64::from(d + below.spread[e]);
+        }
+        let spread = (spread / f64::from(total.max(1))) as f32;
         let nodes = &mut self.levels[level];
-        nodes.set(entry, Summary { key, value, count: total, child: block as u32 });
+        nodes.set(entry, Summary { key, value, spread, count: total, child: block as u32 });
         self.parents[level][block] = entry as u32;
     }
 
@@ -102,8 +115,7 @@ impl Tree {
         for (e, row) in Blocks::entries(block).zip(keys.chunks_exact_mut(dim)) {
             nodes.read_key(e, row);
         }
-        let (order, sizes) =
-            bisect(Isa::detect(), Rows { data: &keys, dim }, &Codes::of(&keys, dim), LANES / 2);
+        let (order, sizes) = bisect(Isa::detect(), &Codes::of(&keys, dim), LANES / 2);
         let other = nodes.add_blocks(1);
         for (i, &lane) in order[sizes[0] as usize..].iter().enumerate() {
             let (from, to) = (block * LANES + lane as usize, other * LANES + i);
@@ -150,6 +162,40 @@ impl Tree {
                 self.summarise(pages, (level, block as usize), g * LANES + i);
             }
         }
+    }
+
+    /// Appends the levels; the links follow from them.
+    pub fn write_to(&self, to: &mut Writer) {
+        to.len(self.levels.len());
+        for level in &self.levels {
+            level.write_to(to);
+        }
+    }
+
+    /// What `write_to` appended for a tree over `pages`, every link checked.
+    pub fn read_from(pages: &Blocks, from: &mut Reader<'_>) -> Result<Self, IndexError> {
+        let mut tree = Self::new(pages.dim);
+        let num_levels = from.len()?;
+        from.check(num_levels <= LEVELS_MAX, "number of levels")?;
+        tree.parents[0] = vec![NO_PARENT; pages.num_blocks()];
+        for level in 0..num_levels {
+            let nodes = Blocks::read_from(pages.dim, from)?;
+            for (entry, &block) in nodes.child.iter().enumerate().filter(|e| *e.1 != u32::MAX) {
+                let link = tree.parents[level].get_mut(block as usize);
+                let link = link.ok_or_else(|| from.damaged("child of a node"))?;
+                from.check(*link == NO_PARENT, "two parents for one node")?;
+                *link = entry as u32;
+                let below = &tree.blocks(pages, level).count[Blocks::entries(block as usize)];
+                let total: u64 = below.iter().map(|&c| u64::from(c)).sum();
+                from.check(total == u64::from(nodes.count[entry]), "tokens of a node")?;
+            }
+            from.check(!tree.parents[level].contains(&NO_PARENT), "a node without a parent")?;
+            tree.parents.push(vec![NO_PARENT; nodes.num_blocks()]);
+            tree.levels.push(nodes);
+        }
+        let wanted = if num_levels == 0 { pages.num_blocks() <= 1 } else { pages.num_blocks() > 0 };
+        from.check(wanted, "pages without a tree or a tree without pages")?;
+        Ok(tree)
     }
 
     pub fn size_bytes(&self) -> usize {

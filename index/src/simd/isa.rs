@@ -22,7 +22,7 @@ impl Avx2 {
     }
 }
 
-/// Proof that the CPU executes AVX-512 F, BW, DQ, VL and VNNI besides everything in [`Avx2`] (Cascade Lake, Zen 4 and newer).
+/// Proof that the CPU executes AVX-512 F, BW, DQ, VL, VBMI and VNNI besides everything in [`Avx2`] (Ice Lake, Zen 4 and newer).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(Avx2);
 
@@ -36,6 +36,7 @@ impl Avx512 {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vbmi")
                 && is_x86_feature_detected!("avx512vnni");
             ok.then_some(Self(avx2))
         }

@@ -2,7 +2,10 @@
 
 pub mod codes;
 pub(crate) mod dense;
+pub mod exp;
+pub(crate) mod hadamard;
 mod isa;
+pub(crate) mod prefetch;
 pub(crate) mod vectorise;
 
 pub use isa::{Avx2, Avx512, Isa};

@@ -68,7 +68,7 @@ pub(crate) fn distance_sq(a: &[f32], b: &[f32]) -> f32 {
 
 /// Sum of the partial sums as a fixed tree.
 #[inline(always)]
-fn fold(mut sums: [f32; 16]) -> f32 {
+pub(crate) fn fold(mut sums: [f32; 16]) -> f32 {
     for half in [8, 4, 2, 1] {
         for i in 0..half {
             sums[i] += sums[i + half];

@@ -24,7 +24,7 @@
 //! key line v   [ token 0  ]  [ token 1  ]  ...     [ token 15 ]         bit b of a lane: coordinate 32 v + b
 //!
 //! value line v [ coord 0  ]  [ coord 1  ]  ...     [ coord 15 ]         byte i, bit j      of lane l: coordinate 32 v + l,
-//!              [ coord 16 ]  [ coord 17 ]  ...     [ coord 31 ]                              token 4 j + i
+//!              [ coord 16 ]  [ coord 17 ]  ...     [ coord 31 ]                              token 4 i + j
 //!                                                                       byte i, bit 4 + j: coordinate 32 v + 16 + l
 //!
 //! page of k2, dim 128:   plane 0: line 0 1 2 3 | plane 1: line 0 1 2 3        512 bytes
@@ -243,6 +243,21 @@ impl Sketch {
     /// Host bytes owned: codes and scales.
     pub fn size_bytes(&self) -> usize {
         self.keys.size_bytes() + self.values.size_bytes()
+    }
+
+    /// Key scales of a page's tokens, 0 for empty slots; the variance of a score is proportional to its square.
+    pub fn key_scales(&self, page: u32) -> [f32; PAGE_TOKENS] {
+        self.keys.codes().scales[page as usize].map(|bits| half::f16::from_bits(bits).to_f32())
+    }
+
+    /// Bytes that scoring a page reads.
+    pub fn key_bytes_per_page(&self) -> usize {
+        self.keys.snapshot_bytes_per_page()
+    }
+
+    /// Bytes that summing a page's values reads.
+    pub fn value_bytes_per_page(&self) -> usize {
+        self.values.snapshot_bytes_per_page()
     }
 
     /// Bytes that [`Sketch::write_to`] appends for a page.

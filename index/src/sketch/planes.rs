@@ -1,5 +1,6 @@
 //! Where codes and scales of many pages lie, and how one token's codes get in and out.
 
+use crate::grow::grow_by;
 use crate::simd::codes::{LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Scales};
 
 /// Which of a token's two rows a store holds; the two are laid out for opposite sums.
@@ -32,8 +33,12 @@ impl Store {
 
     pub(super) fn resize_pages(&mut self, num_pages: usize) {
         if self.bits > 0 {
-            self.lines.resize(num_pages * self.bits * self.lines_per_plane, Line::default());
-            self.scales.resize(num_pages, [0; PAGE_TOKENS]);
+            let per_page = self.bits * self.lines_per_plane;
+            self.lines.truncate(num_pages * per_page);
+            self.scales.truncate(num_pages);
+            let new = num_pages - self.scales.len();
+            grow_by(&mut self.lines, new * per_page, Line::default());
+            grow_by(&mut self.scales, new, [0; PAGE_TOKENS]);
         }
     }
 
@@ -141,7 +146,7 @@ impl StoreMut<'_> {
 
 /// Bits of a value line that belong to coordinate `lane` and to coordinate `16 + lane` of `token`, in the lane's word.
 fn value_bits(token: usize) -> (usize, usize) {
-    let low = 8 * (token % 4) + token / 4;
+    let low = 8 * (token / 4) + token % 4;
     (low, low + 4)
 }
 

@@ -1,7 +1,9 @@
 //! Data and oracles shared by the tests.
 #![allow(clippy::unwrap_used, reason = "a test helper fails by panicking")]
+#![allow(dead_code, reason = "each test file uses its part")]
 
-use floe_index::{Batch, Dci, Flat, KeyIndex, Query};
+use floe_index::sketch::SketchConfig;
+use floe_index::{Batch, Dci, Flat, FlatTokens, Hnsw, HnswConfig, Icecache, IndexError, KeyIndex, Query};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -59,9 +61,65 @@ pub fn clustered(n: usize, dim: usize, group: usize, seed: u64) -> Data {
     Data { dim, group, ids: (0..n as u32).map(|i| i + 16).collect(), keys, values, q }
 }
 
+/// An implementation and what may be asked of it.
+pub struct Case {
+    pub name: String,
+    pub index: Box<dyn KeyIndex>,
+    /// Unlimited effort considers every token, so it fills any budget, best first.
+    pub exact: bool,
+    /// The tail answers for what was not selected.
+    pub summarises: bool,
+    pub restore: fn(&[u8]) -> Restored,
+}
+
+/// What a restore gives.
+pub type Restored = Result<Box<dyn KeyIndex>, IndexError>;
+
+fn boxed<T: KeyIndex + 'static>(index: Result<T, IndexError>) -> Restored {
+    index.map(|index| Box::new(index) as Box<dyn KeyIndex>)
+}
+
 /// Every implementation of the trait, empty.
-pub fn implementations(dim: usize) -> Vec<Box<dyn KeyIndex>> {
-    vec![Box::new(Flat::new(dim).unwrap()), Box::new(Dci::new(dim).unwrap())]
+pub fn implementations(dim: usize) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for sketch in [SketchConfig::OFF, SketchConfig::K1, SketchConfig::K2V2] {
+        cases.push(Case {
+            name: format!("flat {sketch}"),
+            index: boxed(Flat::with_sketch(dim, sketch)).unwrap(),
+            exact: true,
+            summarises: true,
+            restore: |bytes| boxed(Flat::restore(bytes)),
+        });
+        cases.push(Case {
+            name: format!("dci {sketch}"),
+            index: boxed(Dci::with_sketch(dim, sketch)).unwrap(),
+            exact: true,
+            summarises: true,
+            restore: |bytes| boxed(Dci::restore(bytes)),
+        });
+    }
+    cases.push(Case {
+        name: "tokens".into(),
+        index: boxed(FlatTokens::new(dim)).unwrap(),
+        exact: true,
+        summarises: true,
+        restore: |bytes| boxed(FlatTokens::restore(bytes)),
+    });
+    cases.push(Case {
+        name: "hnsw".into(),
+        index: boxed(Hnsw::new(dim, HnswConfig::default())).unwrap(),
+        exact: false,
+        summarises: false,
+        restore: |bytes| boxed(Hnsw::restore(bytes)),
+    });
+    cases.push(Case {
+        name: "icecache".into(),
+        index: boxed(Icecache::new(dim, 0)).unwrap(),
+        exact: false,
+        summarises: false,
+        restore: |bytes| boxed(Icecache::restore(bytes)),
+    });
+    cases
 }
 
 /// Attention in f64.

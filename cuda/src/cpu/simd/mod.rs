@@ -25,6 +25,9 @@ pub use lanes_none::Lanes;
 
 use crate::KvElem;
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
 /// Most lanes of any [`Simd`].
 pub(crate) const LANES_MAX: usize = 16;
 

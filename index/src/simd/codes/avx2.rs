@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::scalar::WEIGHT_MIN;
-use super::{Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, QueryCodes, Scales, query_limit};
+use super::scalar::STEP_MIN;
+use super::{BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, QUAD_MAX, QueryCodes, Scales};
 
 /// Eight lanes of a line.
 #[inline]
@@ -227,7 +227,7 @@ pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
                 for sums in &sums[1..] {
                     dot = _mm256_add_epi32(_mm256_slli_epi32::<7>(dot), sums[g]);
                 }
-                let middle = _mm256_set1_epi32(((1 << BITS) - 1) * query.sums[first + g]);
+                let middle = _mm256_set1_epi32(((1 << BITS) - 1) * query.offsets[first + g]);
                 let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(dot, dot), middle));
                 let step = _mm256_set1_ps(query.steps[first + g]);
                 store(&mut out[2 * g + half], _mm256_mul_ps(_mm256_mul_ps(exact, step), scales));
@@ -236,38 +236,50 @@ pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
     }
 }
 
-/// Products of weights and scales as multiples of the returned step, packed four tokens to a word, and their sum.
+/// Products of weights and scales as multiples of the returned step; word `j` holds tokens `j`, `4 + j`, `8 + j`, `12 + j`; and
+/// their sum.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn round_weights(weights: &[f32; PAGE_TOKENS], scales: [__m256; 2]) -> (f32, [i32; 4], i32) {
     let (halves, _) = weights.as_chunks::<8>();
-    let products = [_mm256_mul_ps(load(&halves[0]), scales[0]), _mm256_mul_ps(load(&halves[1]), scales[1])];
-    let sign = _mm256_set1_ps(-0.0);
-    let most = _mm256_max_ps(_mm256_andnot_ps(sign, products[0]), _mm256_andnot_ps(sign, products[1]));
+    let zero = _mm256_setzero_ps();
+    let products = [
+        _mm256_max_ps(_mm256_mul_ps(load(&halves[0]), scales[0]), zero),
+        _mm256_max_ps(_mm256_mul_ps(load(&halves[1]), scales[1]), zero),
+    ];
+    let need = products.map(|p| {
+        let pairs = _mm256_add_ps(p, _mm256_permute_ps::<0b10_11_00_01>(p));
+        let quads = _mm256_add_ps(pairs, _mm256_permute_ps::<0b01_00_11_10>(pairs));
+        let alone = _mm256_mul_ps(p, _mm256_set1_ps(1.0 / BYTE_MAX as f32));
+        _mm256_max_ps(alone, _mm256_mul_ps(quads, _mm256_set1_ps(1.0 / QUAD_MAX as f32)))
+    });
+    let most = _mm256_max_ps(need[0], need[1]);
     let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
     let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-    let most = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
-    if most < WEIGHT_MIN {
+    let step = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+    if step < STEP_MIN {
         return (0.0, [0; 4], 0);
     }
-    let inverse = _mm256_set1_ps(query_limit(1) as f32 / most);
+    let inverse = _mm256_set1_ps(1.0 / step);
     let rounded = products.map(|p| _mm256_cvtps_epi32(_mm256_mul_ps(p, inverse)));
     let sum = sum_ints(_mm256_add_epi32(rounded[0], rounded[1]));
-    let quads = rounded.map(|r| {
+    let halves = rounded.map(|r| {
         let low = _mm256_castsi256_si128(r);
         _mm_packs_epi32(low, _mm256_extracti128_si256::<1>(r))
     });
-    let bytes = _mm_packs_epi16(quads[0], quads[1]);
+    let bytes = _mm_packs_epi16(halves[0], halves[1]);
+    let transpose = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let bytes = _mm_shuffle_epi8(bytes, transpose);
     let words = [
         _mm_extract_epi32::<0>(bytes),
         _mm_extract_epi32::<1>(bytes),
         _mm_extract_epi32::<2>(bytes),
         _mm_extract_epi32::<3>(bytes),
     ];
-    (most / query_limit(1) as f32, words, sum)
+    (step, words, sum)
 }
 
-#[target_feature(enable = "avx2,f16c")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     first: usize,
@@ -298,8 +310,8 @@ pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
                     let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(dot, dot), middle));
                     let at = g * dims + LINE_DIMS * v + 16 * h + 8 * half;
                     let (row, _) = acc[at..].as_chunks_mut::<8>();
-                    let sum = load(&row[0]);
-                    store(&mut row[0], _mm256_add_ps(sum, _mm256_mul_ps(exact, _mm256_set1_ps(*step))));
+                    let sum = _mm256_fmadd_ps(exact, _mm256_set1_ps(*step), load(&row[0]));
+                    store(&mut row[0], sum);
                 }
             }
         }

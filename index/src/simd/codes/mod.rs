@@ -1,8 +1,8 @@
 //! Kernels over low-bit codes: fit and encode, score a page's tokens, sum a page's weighted values.
 //!
-//! Every sum whose order could matter is either an integer sum or a fixed tree over sixteen interleaved partial sums, and no
-//! multiplication is fused with an addition. Codes, scales, scores and sums are therefore **bit-identical** on every
-//! instruction set; `scalar` is the definition, `avx2` and `avx512` repeat it.
+//! Every sum whose order could matter is an integer sum, a fixed tree over sixteen interleaved partial sums, or taken page by page; a
+//! multiplication is fused with an addition either by all versions or by none. Codes, scales, scores and sums are therefore
+//! **bit-identical** on every instruction set; `scalar` is the definition, `avx2` and `avx512` repeat it.
 //!
 //! A code `c` of `bits` bits stands for the odd level `2c - (2^bits - 1)` times the token's scale: -1, 1 for one bit; -3, -1,
 //! 1, 3 for two; -15, -13, ..., 15 for four. Plane 0 holds the top bit of every code, which is its sign, plane 1 the next
@@ -57,7 +57,13 @@ impl PageCodes<'_> {
     }
 }
 
-/// A group of queries as the score kernel reads them: integer digits that fit the codes' byte layout.
+/// Sums of four signed bytes under every selection: byte `16 i + n` is the sum of those bytes of quad `i` whose bit is set in
+/// `n`, minus the quad's negative bytes, hence 0 to 255.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub(crate) struct Table(pub [u8; 64]);
+
+/// A group of integer queries as the score kernel reads them, in passes of at most `HEADS_PER_PASS` heads.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct QueryCodes {
     /// Planes to read: 1, 2 or 4.
@@ -66,11 +72,14 @@ pub struct QueryCodes {
     pub(crate) group: usize,
     /// Lines per plane.
     pub(crate) lines: usize,
-    /// Passes of at most [`HEADS_PER_PASS`] heads; in each `[lines][digits][8 bits][heads]` words of four signed bytes: byte `i`
-    /// of bit `s` belongs to coordinate `32 line + 8 i + s`.
+    /// To multiply by; per pass `[lines][digits][8 bits][heads]` words of four signed bytes: byte `i` of bit `s` belongs to
+    /// coordinate `32 line + 8 i + s`. Empty where `tables` serve.
     pub(crate) words: Vec<i32>,
-    /// `[group]`: sum over the coordinates of the integer query.
-    pub(crate) sums: Vec<i32>,
+    /// To look up; per pass `[lines][2][heads]`: quad `i` of nibble `n` is coordinates `32 line + 8 i + 4 n ..`.
+    pub(crate) tables: Vec<Table>,
+    /// `[group]`: what the codes' offset adds, in half levels: the sum of the integer query with words, of its magnitudes with
+    /// tables.
+    pub(crate) offsets: Vec<i32>,
     /// `[group]`: value of one unit of the integer query.
     pub(crate) steps: Vec<f32>,
 }
@@ -81,9 +90,19 @@ pub(crate) const fn digits(bits: usize) -> usize {
     if bits == 4 { 2 } else { 1 }
 }
 
-/// Largest magnitude of the integer query: one digit of +-127, or `128 * 127 + 63` from a high and a low digit.
-pub(crate) const fn query_limit(bits: usize) -> i32 {
-    if digits(bits) == 2 { 128 * 127 + 63 } else { 127 }
+/// Largest magnitude of one byte of an integer query or weight.
+pub(crate) const BYTE_MAX: i32 = 127;
+
+/// Largest sum of magnitudes of four neighbouring bytes before they are rounded: a table entry (8 bits) then holds them, each
+/// rounding adding at most one half.
+pub(crate) const QUAD_MAX: i32 = 253;
+
+/// Largest magnitude of an integer query of two digits: a high digit of 127 and a low digit of 63.
+pub(crate) const TWO_DIGITS_MAX: i32 = 128 * 127 + 63;
+
+/// Whether scoring `bits` planes looks up sums of four coordinates instead of multiplying: where the table fits a register.
+pub(crate) fn looks_up(isa: Isa, bits: usize) -> bool {
+    matches!(isa, Isa::Avx512(_)) && bits <= 2
 }
 
 /// What a candidate step reaches: the least-squares scale is `along / levels_sq`, the energy it explains `along^2 / levels_sq`.
@@ -103,7 +122,7 @@ macro_rules! dispatch {
             // SAFETY: the value proves that the CPU has AVX2, FMA and F16C, which is all that the callee enables.
             Isa::Avx2(_) => unsafe { avx2::$name$(::<$($generic),*>)?($($arg),*) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: the value proves that the CPU has AVX-512 F, BW, DQ, VL and VNNI, which is all that the callee enables.
+            // SAFETY: the value proves that the CPU has AVX-512 F, BW, DQ, VBMI and VNNI, which is all that the callee enables.
             Isa::Avx512(_) => unsafe { avx512::$name$(::<$($generic),*>)?($($arg),*) },
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2(_) | Isa::Avx512(_) => scalar::$name$(::<$($generic),*>)?($($arg),*),
@@ -144,6 +163,16 @@ pub(crate) fn quantise(isa: Isa, bits: usize, x: &[f32], inverse_step: f32, word
     dispatch!(isa, quantise(bits, x, inverse_step, words));
 }
 
+/// Tables of one head's integer query `units` (a multiple of 32 bytes): `put(line, nibble, table)` for each.
+pub(crate) fn tables(isa: Isa, units: &[i8], put: impl FnMut(usize, usize, Table)) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the value proves that the CPU has AVX-512 F and BW, which is all that the callee enables.
+        Isa::Avx512(_) => unsafe { avx512::tables(units, put) },
+        _ => scalar::tables(units, put),
+    }
+}
+
 /// `out[i][g][t] = scale_t * sum_d level_t[d] * query_g[d]` for the tokens `t` of `pages[i]`: `out` `[pages][group][16]` f32.
 ///
 /// # Panics
@@ -167,10 +196,10 @@ pub fn score(isa: Isa, codes: &PageCodes<'_>, query: &QueryCodes, pages: &[u32],
 }
 
 /// `acc[g][d] += sum_i sum_t weights[i][g][t] * scale_t * level_t[d]` over the tokens `t` of `pages[i]`: `weights`
-/// `[pages][group][16]` f32 of any sign, `acc` `[group][dims]` f32 with `dims` a multiple of 32.
+/// `[pages][group][16]` f32 (negative counts as zero), `acc` `[group][dims]` f32 with `dims` a multiple of 32; codes of at most two bits.
 ///
-/// Within a page, `weight * scale` is rounded to 1/127 of its largest magnitude, per head: each token's contribution is off
-/// by at most 1/254 of the largest one's. A page whose products are all below 1e-30 contributes nothing.
+/// Within a page and head, `weight * scale` is rounded to multiples of a step: 1/127 of the largest product, or 1/253 of the
+/// largest sum over tokens `4 j .. 4 j + 4` where that is more. Below a step of 1e-30 the page contributes nothing.
 ///
 /// # Panics
 /// When a page does not exist or a slice has another length.
@@ -190,8 +219,7 @@ pub fn add_weighted(isa: Isa, codes: &PageCodes<'_>, pages: &[u32], weights: &[f
             let heads = (group - first).min(HEADS_PER_PASS);
             match codes.bits {
                 1 => dispatch_heads!(isa, heads, add_weighted::<1>(codes, first, pages, weights, acc)),
-                2 => dispatch_heads!(isa, heads, add_weighted::<2>(codes, first, pages, weights, acc)),
-                _ => dispatch_heads!(isa, heads, add_weighted::<4>(codes, first, pages, weights, acc)),
+                _ => dispatch_heads!(isa, heads, add_weighted::<2>(codes, first, pages, weights, acc)),
             }
         }
     }

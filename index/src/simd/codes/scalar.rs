@@ -1,9 +1,9 @@
 //! The definition of every code kernel in plain loops: what the vector versions are compared with, bit by bit.
 
-use super::{Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, QueryCodes, query_limit};
+use super::{BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, QUAD_MAX, QueryCodes, Table};
 
-/// Products of a page's weights and scales below this are taken as zero: their inverse would leave the range of f32.
-pub(super) const WEIGHT_MIN: f32 = 1e-30;
+/// Weight steps below this are taken as zero: their inverse would leave the range of f32.
+pub(super) const STEP_MIN: f32 = 1e-30;
 
 /// Sum of sixteen partial sums, halves onto halves.
 fn sum_lanes(mut lanes: [f32; 16]) -> f32 {
@@ -99,7 +99,7 @@ pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
         for g in 0..HEADS {
             for t in 0..PAGE_TOKENS {
                 let dot = sums.iter().fold(0, |dot, sums| 128 * dot + sums[g][t]);
-                let exact = 2 * dot - ((1 << BITS) - 1) * query.sums[first + g];
+                let exact = 2 * dot - ((1 << BITS) - 1) * query.offsets[first + g];
                 let scale = half::f16::from_bits(scales[t]).to_f32();
                 out[(first + g) * PAGE_TOKENS + t] = exact as f32 * query.steps[first + g] * scale;
             }
@@ -107,16 +107,37 @@ pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
     }
 }
 
-/// Products of weights and scales as multiples of the returned step, which is their largest magnitude over 127.
+/// One table for each line and nibble, by the definition of [`Table`].
+pub(super) fn tables(units: &[i8], mut put: impl FnMut(usize, usize, Table)) {
+    for (line, units) in units.as_chunks::<LINE_DIMS>().0.iter().enumerate() {
+        for nibble in 0..2 {
+            let entry = |at: usize| {
+                let quad = &units[8 * (at / 16) + 4 * nibble..][..4];
+                let selected = quad.iter().enumerate().filter(|(j, _)| at >> j & 1 == 1);
+                let negative = quad.iter().filter(|unit| **unit < 0);
+                let sum = selected.map(|(_, unit)| i32::from(*unit)).sum::<i32>();
+                (sum - negative.map(|unit| i32::from(*unit)).sum::<i32>()) as u8
+            };
+            put(line, nibble, Table(std::array::from_fn(entry)));
+        }
+    }
+}
+
+/// Products of weights and scales as multiples of the returned step.
 fn round_weights(weights: &[f32], scales: &[u16; PAGE_TOKENS]) -> (f32, [i32; PAGE_TOKENS]) {
     let products: [f32; PAGE_TOKENS] =
-        std::array::from_fn(|t| weights[t] * half::f16::from_bits(scales[t]).to_f32());
-    let most = products.iter().fold(0.0f32, |most, p| most.max(p.abs()));
-    if most < WEIGHT_MIN {
+        std::array::from_fn(|t| (weights[t] * half::f16::from_bits(scales[t]).to_f32()).max(0.0));
+    let step = products.iter().fold(0.0f32, |most, p| most.max(p * (1.0 / BYTE_MAX as f32)));
+    let step = products
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .fold(step, |most, [a, b, c, d]| most.max(((a + b) + (c + d)) * (1.0 / QUAD_MAX as f32)));
+    if step < STEP_MIN {
         return (0.0, [0; PAGE_TOKENS]);
     }
-    let inverse = query_limit(1) as f32 / most;
-    (most / query_limit(1) as f32, products.map(|p| (p * inverse).round_ties_even() as i32))
+    let inverse = 1.0 / step;
+    (step, products.map(|p| (p * inverse).round_ties_even() as i32))
 }
 
 pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
@@ -140,15 +161,16 @@ pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
             for v in 0..lines {
                 for h in 0..2 {
                     let mut dots = [0; 16];
-                    for quad in 0..4 {
-                        let codes = codes_of_bit::<BITS>(page_lines, lines, v, 4 * h + quad);
+                    for j in 0..4 {
+                        let codes = codes_of_bit::<BITS>(page_lines, lines, v, 4 * h + j);
                         for (byte, code) in codes.iter().enumerate() {
-                            dots[byte / 4] += code * rounded[4 * quad + byte % 4];
+                            dots[byte / 4] += code * rounded[4 * (byte % 4) + j];
                         }
                     }
                     for (lane, dot) in dots.iter().enumerate() {
                         let exact = 2 * dot - ((1 << BITS) - 1) * sum;
-                        acc[g * dims + LINE_DIMS * v + 16 * h + lane] += exact as f32 * step;
+                        let acc = &mut acc[g * dims + LINE_DIMS * v + 16 * h + lane];
+                        *acc = (exact as f32).mul_add(step, *acc);
                     }
                 }
             }

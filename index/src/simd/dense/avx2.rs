@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{EXP_MIN, EXP_POLY, LN2_HIGH, LN2_LOW, LOGIT_MAX, Part, scalar};
+use super::{EXP_MIN, EXP_POLY, LN2_HIGH, LN2_LOW, LOGIT_MAX, Part, Scales, scalar};
 use crate::blocks::LANES;
 use crate::quant::{QUAD, QuantQuery};
 
@@ -45,7 +45,7 @@ fn dot_line(keys: &[u8], word: impl Fn(usize) -> i32) -> [__m256i; 2] {
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn logits(keys: &[u8], scales: &[f32], q: &QuantQuery, out: &mut [f32]) {
+pub(super) fn logits(keys: &[u8], scales: Scales<'_>, q: &QuantQuery, out: &mut [f32]) {
     let rows = 2 * q.group;
     for (h, out) in out.chunks_exact_mut(LANES).enumerate() {
         let high = dot_line(keys, |quad| q.words[quad * rows + h]);
@@ -55,8 +55,9 @@ pub(super) fn logits(keys: &[u8], scales: &[f32], q: &QuantQuery, out: &mut [f32
             let low = _mm256_sub_epi32(low[half], _mm256_set1_epi32(q.offset[q.group + h]));
             let high = _mm256_mul_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(256.0));
             let whole = _mm256_add_ps(high, _mm256_cvtepi32_ps(low));
-            let unit = _mm256_mul_ps(_mm256_set1_ps(q.unit[h]), load(scales, half));
-            let logit = _mm256_mul_ps(whole, unit);
+            let unit = _mm256_mul_ps(_mm256_set1_ps(q.unit[h]), load(scales.key, half));
+            let spread = _mm256_mul_ps(_mm256_set1_ps(q.spread[h]), load(scales.spread, half));
+            let logit = _mm256_add_ps(_mm256_mul_ps(whole, unit), spread);
             let logit = _mm256_min_ps(logit, _mm256_set1_ps(LOGIT_MAX));
             store(out, half, _mm256_max_ps(logit, _mm256_set1_ps(-LOGIT_MAX)));
         }

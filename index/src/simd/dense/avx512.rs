@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{EXP_MIN, EXP_POLY, LN2_HIGH, LN2_LOW, LOGIT_MAX, Part};
+use super::{EXP_MIN, EXP_POLY, LN2_HIGH, LN2_LOW, LOGIT_MAX, Part, Scales};
 use crate::blocks::LANES;
 use crate::quant::{QUAD, QuantQuery};
 
@@ -33,8 +33,8 @@ fn load_line(x: &[u8]) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn logits(keys: &[u8], scales: &[f32], q: &QuantQuery, out: &mut [f32]) {
-    let scales = load(scales);
+pub(super) fn logits(keys: &[u8], scales: Scales<'_>, q: &QuantQuery, out: &mut [f32]) {
+    let scales = (load(scales.key), load(scales.spread));
     let mut first = 0;
     while first < q.group {
         let heads = (q.group - first).min(ROWS / 2);
@@ -50,7 +50,12 @@ pub(super) fn logits(keys: &[u8], scales: &[f32], q: &QuantQuery, out: &mut [f32
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn logits_of<const G: usize>(keys: &[u8], scales: __m512, (q, first): (&QuantQuery, usize), out: &mut [f32]) {
+fn logits_of<const G: usize>(
+    keys: &[u8],
+    scales: (__m512, __m512),
+    (q, first): (&QuantQuery, usize),
+    out: &mut [f32],
+) {
     let mut high = [_mm512_setzero_si512(); G];
     let mut low = [_mm512_setzero_si512(); G];
     for (line, words) in keys.chunks_exact(LINE).zip(q.words.chunks_exact(2 * q.group)) {
@@ -68,7 +73,8 @@ fn logits_of<const G: usize>(keys: &[u8], scales: __m512, (q, first): (&QuantQue
         let low = _mm512_sub_epi32(low[h], _mm512_set1_epi32(q.offset[q.group + at]));
         let high = _mm512_mul_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0));
         let whole = _mm512_add_ps(high, _mm512_cvtepi32_ps(low));
-        let logit = _mm512_mul_ps(whole, _mm512_mul_ps(_mm512_set1_ps(q.unit[at]), scales));
+        let logit = _mm512_mul_ps(whole, _mm512_mul_ps(_mm512_set1_ps(q.unit[at]), scales.0));
+        let logit = _mm512_add_ps(logit, _mm512_mul_ps(_mm512_set1_ps(q.spread[at]), scales.1));
         let logit = _mm512_min_ps(logit, _mm512_set1_ps(LOGIT_MAX));
         let logit = _mm512_max_ps(logit, _mm512_set1_ps(-LOGIT_MAX));
         store(&mut out[h * LANES..], logit);

@@ -44,10 +44,12 @@ macro_rules! dispatch {
     };
 }
 
-/// Logits `out` `[group, 16]` of one block: `keys` `[quads, 16, 4]` codes, `scales` `[16]`.
-pub(crate) fn logits(isa: Isa, keys: &[u8], scales: &[f32], q: &QuantQuery, out: &mut [f32]) {
+/// Logits `out` `[group, 16]` of one block: `keys` `[quads, 16, 4]` codes, their scale times the query plus the query's share of
+/// the spread.
+pub(crate) fn logits(isa: Isa, keys: &[u8], scales: Scales<'_>, q: &QuantQuery, out: &mut [f32]) {
     assert_eq!(keys.len() * 2 * q.group, q.words.len() * LANES * 4, "quads of the block and the query");
-    assert_eq!((scales.len(), out.len()), (LANES, q.group * LANES), "one block");
+    assert_eq!((scales.key.len(), scales.spread.len()), (LANES, LANES), "one block");
+    assert_eq!(out.len(), q.group * LANES, "one block");
     dispatch!(isa, logits(keys, scales, q, out));
 }
 
@@ -91,6 +93,15 @@ pub(crate) fn weigh(isa: Isa, part: Part<'_>, norm: &[f32], weights: &mut [f32])
 pub(crate) fn accumulate(isa: Isa, values: &[i8], weights: &[f32], out: &mut [f32]) {
     assert_eq!(values.len() * weights.len(), out.len() * LANES * LANES, "one block");
     dispatch!(isa, accumulate(values, weights, out));
+}
+
+/// Numbers by entry that go with a block's key codes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scales<'a> {
+    /// `[16]` value of a code's unit.
+    pub key: &'a [f32],
+    /// `[16]` mean squared deviation of the keys that the entry stands for.
+    pub spread: &'a [f32],
 }
 
 /// One block of the frontier as the kernels read it.

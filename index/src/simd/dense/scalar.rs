@@ -1,10 +1,10 @@
 //! The plain version of every dense primitive: the definition of its bits.
 
-use super::{EXP_MIN, EXP_POLY, LN2_HIGH, LN2_LOW, LOGIT_MAX, Part};
+use super::{EXP_MIN, EXP_POLY, LN2_HIGH, LN2_LOW, LOGIT_MAX, Part, Scales};
 use crate::blocks::LANES;
 use crate::quant::{QUAD, QuantQuery};
 
-pub(super) fn logits(keys: &[u8], scales: &[f32], q: &QuantQuery, out: &mut [f32]) {
+pub(super) fn logits(keys: &[u8], scales: Scales<'_>, q: &QuantQuery, out: &mut [f32]) {
     let rows = 2 * q.group;
     for (h, out) in out.chunks_exact_mut(LANES).enumerate() {
         for (lane, out) in out.iter_mut().enumerate() {
@@ -21,7 +21,7 @@ pub(super) fn logits(keys: &[u8], scales: &[f32], q: &QuantQuery, out: &mut [f32
             let high = (dot[0] - q.offset[h]) as f32;
             let low = (dot[1] - q.offset[q.group + h]) as f32;
             let whole = high * 256.0 + low;
-            let logit = whole * (q.unit[h] * scales[lane]);
+            let logit = whole * (q.unit[h] * scales.key[lane]) + q.spread[h] * scales.spread[lane];
             // Written so that NaN (infinity times zero) is cut as well, as the vector minimum does.
             let logit = if logit < LOGIT_MAX { logit } else { LOGIT_MAX };
             *out = if logit > -LOGIT_MAX { logit } else { -LOGIT_MAX };

@@ -4,6 +4,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
+use crate::index::Query;
 use crate::quant::quads_of;
 
 struct Case {
@@ -55,10 +56,11 @@ fn logits_are_the_dot_products_of_codes_and_query_on_every_set() {
         scales[3] = 1e36;
         scales[4] = 0.0;
         let mut quant = QuantQuery::default();
-        quant.set(&q, group, 0.25);
+        let spreads: Vec<f32> = case.floats(LANES).iter().map(|x| x.abs()).collect();
+        quant.set(&q, &Query { q: &q, group, scale: 0.25, attended_lse: &[] }, 0.5);
         let run = |isa| {
             let mut out = vec![0.0; group * LANES];
-            logits(isa, &keys, &scales, &quant, &mut out);
+            logits(isa, &keys, Scales { key: &scales, spread: &spreads }, &quant, &mut out);
             bits(&out)
         };
         let out = same(case, run);
@@ -67,10 +69,12 @@ fn logits_are_the_dot_products_of_codes_and_query_on_every_set() {
             for lane in (0..LANES).filter(|&l| l != 3) {
                 let scale = f64::from(scales[lane]) * 0.25;
                 let code = |d: usize| f64::from(keys[d / 4 * 64 + lane * 4 + d % 4]) - 128.0;
-                let exact: f64 = (0..dim).map(|d| f64::from(q[d]) * code(d)).sum::<f64>() * scale;
+                let half: f64 = q.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() * 0.0625 * 0.5;
+                let share = half * f64::from(spreads[lane]);
+                let exact: f64 = (0..dim).map(|d| f64::from(q[d]) * code(d)).sum::<f64>() * scale + share;
                 // Half a step of the query for each code, plus the rounding of three f32 operations.
                 let norm: f64 = (0..dim).map(|d| code(d).abs()).sum::<f64>() * scale;
-                let bound = norm * largest / 32000.0 * 0.51 + 1e-6 * norm * largest;
+                let bound = norm * largest / 32000.0 * 0.51 + 1e-6 * (norm * largest + share);
                 let got = f64::from(f32::from_bits(out[h * LANES + lane]));
                 assert!((got - exact).abs() <= bound, "dim {dim} lane {lane}: {got} against {exact}");
             }

@@ -1,0 +1,44 @@
+//! A host engine on candle: GGUF models whose attention runs through a [`KvBackend`].
+//!
+//! ```text
+//! text -> Tokenizer -> Decoder: embed, blocks, head -> Sampler -> text
+//!                         |  ^
+//!             q, k, v     v  |  attention output
+//!                      KvBackend: FloeBackend | CandleKv | your own
+//! ```
+//! [`FloeBackend`] is the engine of this crate; [`CandleKv`] is candle's own full attention, for comparison. The core
+//! knows nothing of this module: another inference engine plugs in the same way, at its attention.
+//!
+//! Runs on the CPU, one sequence at a time. Use another engine for throughput over many users.
+
+mod backend;
+mod candle_kv;
+mod chat;
+mod config;
+mod decoder;
+mod error;
+pub mod eval;
+mod floe_kv;
+mod generate;
+mod gguf;
+mod linear;
+mod model;
+mod record;
+mod rope;
+mod sample;
+mod tokenizer;
+
+pub use backend::{AttendArgs, KvBackend, Phase};
+pub use candle_kv::{CandleAttention, CandleKv};
+pub use chat::{ChatTemplate, Message};
+pub use config::{Family, ModelConfig};
+pub use decoder::{Decoder, Hidden};
+pub use error::{HostError, HostResult};
+pub use floe_kv::{FloeBackend, ReadCounters};
+pub use generate::{PREFILL_TOKENS, PhaseTime, Session};
+pub use gguf::Gguf;
+pub use model::Model;
+pub use record::{RecordPlan, Recorder};
+pub use rope::{Pairing, Phases, Rope};
+pub use sample::{Sampler, largest};
+pub use tokenizer::{TextStream, Tokenizer};

@@ -1,0 +1,195 @@
+//! The cold tier: under a warm limit outputs keep their bits; full disks lose nothing; what a killed process had written
+//! is whole.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::{Layer, config};
+use floe::page::LentSlab;
+use floe::page::cold::recover;
+use floe::page::file::{Draft, FileBytes, FsStorage, Storage};
+use floe::{ColdConfig, Config, Engine, HeadShape, LayerId, SeqId};
+
+const TOKENS: usize = 1500;
+/// One slab of 256 rows of K and V, 16 elements, bf16.
+const SLAB: usize = 256 * 2 * 16 * 2;
+
+fn setup(policy: &str, cold: Option<ColdConfig>) -> (Layer, Config) {
+    let heads = HeadShape::new(4, 2, 16).unwrap();
+    (Layer::random(heads, TOKENS, 17), Config { cold, ..config(heads, policy, 112) })
+}
+
+fn run(engine: &mut Engine, layer: &Layer, seq: SeqId, prefill: usize) -> Vec<Vec<f32>> {
+    for start in (0..prefill).step_by(100) {
+        let (k, v) = layer.rows(start..(start + 100).min(prefill));
+        engine.prefill(seq, LayerId(0), &k, &v).unwrap();
+    }
+    (prefill..TOKENS).map(|position| layer.decode(engine, seq, 0, position).0).collect()
+}
+
+#[test]
+fn a_warm_limit_changes_no_bit_and_is_kept() {
+    for policy in ["floe", "quest", "oracle", "full"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (layer, plain) = setup(policy, None);
+        let mut engine = Engine::open(plain).unwrap();
+        let seq = engine.admit().unwrap();
+        let expected = run(&mut engine, &layer, seq, 1400);
+
+        let warm_limit_bytes = 4 * SLAB;
+        let cold = ColdConfig { folder: folder.path().into(), warm_limit_bytes };
+        let (_, config) = setup(policy, Some(cold));
+        let mut engine = Engine::open(config).unwrap();
+        let seq = engine.admit().unwrap();
+        assert!(run(&mut engine, &layer, seq, 1400) == expected, "{policy}");
+        let report = engine.cold_report().unwrap();
+        assert!(report.slabs >= 6 && report.failed == 0, "{report:?}");
+        // The open slab of each head stays, and one batch may be on its way.
+        assert!(engine.warm_bytes() <= warm_limit_bytes + 2 * SLAB, "{}", engine.warm_bytes());
+
+        // Cutting back into a cold slab and going on makes it warm again, with the same bits.
+        engine.truncate(seq, 300).unwrap();
+        let again = {
+            let mut plain = Engine::open(setup(policy, None).1).unwrap();
+            let own = plain.admit().unwrap();
+            run(&mut plain, &layer, own, 1400);
+            plain.truncate(own, 300).unwrap();
+            let (k, v) = layer.rows(300..1400);
+            plain.prefill(own, LayerId(0), &k, &v).unwrap();
+            layer.decode(&mut plain, own, 0, 1400).0
+        };
+        let (k, v) = layer.rows(300..1400);
+        engine.prefill(seq, LayerId(0), &k, &v).unwrap();
+        assert!(layer.decode(&mut engine, seq, 0, 1400).0 == again, "{policy}");
+        drop(engine);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+/// The file system, until so many bytes were written: then it is full.
+struct SmallDisk {
+    room: Arc<AtomicUsize>,
+}
+
+struct SmallDraft {
+    draft: Box<dyn Draft>,
+    room: Arc<AtomicUsize>,
+}
+
+impl Write for SmallDraft {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let room = self.room.load(Ordering::SeqCst);
+        if room == 0 && !bytes.is_empty() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let written = self.draft.write(&bytes[..bytes.len().min(room)])?;
+        self.room.fetch_sub(written, Ordering::SeqCst);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.draft.flush()
+    }
+}
+
+impl Draft for SmallDraft {
+    fn publish(self: Box<Self>) -> io::Result<()> {
+        self.draft.publish()
+    }
+}
+
+impl Storage for SmallDisk {
+    fn draft(&self, path: &Path) -> io::Result<Box<dyn Draft>> {
+        Ok(Box::new(SmallDraft { draft: FsStorage.draft(path)?, room: self.room.clone() }))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FileBytes>> {
+        FsStorage.open(path)
+    }
+}
+
+#[test]
+fn a_full_disk_loses_nothing_and_is_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let (layer, plain) = setup("floe", None);
+    let mut engine = Engine::open(plain).unwrap();
+    let seq = engine.admit().unwrap();
+    let expected = run(&mut engine, &layer, seq, 1400);
+    for room in [0, 100, SLAB + 500, 3 * SLAB] {
+        let cold = ColdConfig { folder: folder.path().into(), warm_limit_bytes: 2 * SLAB };
+        let disk = Arc::new(SmallDisk { room: Arc::new(AtomicUsize::new(room)) });
+        let mut engine = Engine::open_on(disk.clone(), setup("floe", Some(cold)).1).unwrap();
+        let seq = engine.admit().unwrap();
+        assert!(run(&mut engine, &layer, seq, 1400) == expected, "{room}");
+        let report = engine.cold_report().unwrap();
+        assert!(report.failed > 0 && report.last_error.unwrap().contains("cold-"), "{room}");
+        // A save that fails leaves no file, and the sequence goes on.
+        let path = folder.path().join("s.kv");
+        assert!(engine.save_to(&*disk, seq, &path).unwrap_err().is_environment());
+        assert!(!path.exists());
+        engine.truncate(seq, 700).unwrap();
+    }
+}
+
+const CHILD: &str = "FLOE_TEST_SPILL_INTO";
+
+/// Not a test of its own: what [`what_a_killed_process_wrote_is_whole`] kills.
+#[test]
+fn child_that_spills_for_ever() {
+    let Ok(folder) = std::env::var(CHILD) else { return };
+    let cold = ColdConfig { folder: folder.into(), warm_limit_bytes: SLAB };
+    let (layer, config) = setup("window", Some(cold));
+    let mut engine = Engine::open(config).unwrap();
+    for _ in 0..1000 {
+        let seq = engine.admit().unwrap();
+        run(&mut engine, &layer, seq, TOKENS);
+    }
+}
+
+#[test]
+fn what_a_killed_process_wrote_is_whole() {
+    let (layer, _) = setup("window", None);
+    let mut found = 0;
+    for round in 0..10u64 {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_that_spills_for_ever"])
+            .env(CHILD, folder.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(60 + 23 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let slabs = recover(&FsStorage, folder.path()).unwrap();
+        found += slabs.len();
+        for ((head, slab), copy) in slabs {
+            // Row by row what was appended: every sequence of the child holds the same tokens.
+            for (row, bytes) in copy.bytes().chunks_exact(2 * 16 * 2).enumerate() {
+                let token = slab as usize * 256 + row;
+                let at = (token * 2 + head as usize) * 16;
+                let expected: Vec<u8> = [&layer.k[at..at + 16], &layer.v[at..at + 16]]
+                    .concat()
+                    .iter()
+                    .flat_map(|x| half::bf16::from_f32(*x).to_le_bytes())
+                    .collect();
+                assert_eq!(bytes, expected, "head {head}, token {token}");
+            }
+        }
+    }
+    assert!(found > 0, "no file was published in any round");
+}
+
+#[test]
+fn a_folder_that_is_none_is_refused_by_name() {
+    let cold = ColdConfig { folder: "/nonexistent/floe".into(), warm_limit_bytes: 0 };
+    let message = Engine::open(setup("floe", Some(cold)).1).err().unwrap().to_string();
+    assert!(message.contains("cold.folder") && message.contains("/nonexistent/floe"), "{message}");
+}
