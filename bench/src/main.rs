@@ -2,6 +2,8 @@
 
 mod attend;
 mod index;
+#[cfg(feature = "cuda")]
+mod kernel;
 mod machine;
 mod stats;
 mod tiers;
@@ -20,6 +22,9 @@ struct Cli {
 enum Command {
     /// Exact attention of one group of query heads over a long context, against the memory bandwidth.
     Attend(attend::Args),
+    /// Device kernels against the copy bandwidth of the device and the link to the host.
+    #[cfg(feature = "cuda")]
+    Kernel(kernel::Args),
     /// Build, insertion and search of every index kind over growing numbers of tokens, with kept mass and recall.
     Index(index::Args),
     /// Attention over the warm tier's slabs against the same attention over one flat array.
@@ -29,6 +34,8 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Attend(args) => attend::run(&args),
+        #[cfg(feature = "cuda")]
+        Command::Kernel(args) => kernel::run(&args),
         Command::Index(args) => index::run(&args),
         Command::Tiers(args) => tiers::run(&args),
     }

@@ -14,6 +14,20 @@
 //! | [`merge_states`] | log-sum-exp merge of two partial results |
 //! | [`append_kv`], [`gather_rows`] | write new rows, copy chosen rows |
 //!
+//! With the feature `cuda` there are also `device` (the driver, streams, memory) and `ops` (launchers of the kernels in
+//! `kernels/*.cu`, which nvcc compiles at build time); their twins are in [`twin::device`]. A machine without a driver gets a
+//! typed error from `device::Device::open`.
+//!
+//! | device kernel | does |
+//! |---|---|
+//! | `dense_decode`, `sparse_decode` | attention of many groups over contiguous rows, pages (with row masks), or single rows |
+//! | `fetch_attend` | the same over pages of which some still lie in host memory, stored into their slots on the way |
+//! | `fetch_pages`, `fetch_rows` | gather from host-mapped memory |
+//! | `page_scores`, `sketch_scores` | scores of all pages from their mean keys, of all tokens from 1, 2 or 4 bits a coordinate |
+//! | `select_topk` | the best of them under a budget, and -inf as their score |
+//! | `page_tail` | the state of what was not selected, by mean values |
+//! | `merge_states`, `append_kv`, `match_scan` | join partial states, write new rows, nearest earlier query |
+//!
 //! Words: a *row* is one token's key followed by its value; a *group* is the query heads that share a kv head; a
 //! *state* is `(out, lse)`, lse natural, empty = `(0, -inf)`.
 //!
@@ -26,6 +40,10 @@ mod rows;
 mod state;
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod device;
+#[cfg(feature = "cuda")]
+pub mod ops;
 pub mod twin;
 
 pub use cpu::{AttendScratch, SplitScratch, dense_decode, score_rows, sparse_decode};

@@ -2,6 +2,7 @@
 //!
 //! [`Isa::Scalar`]: crate::Isa::Scalar
 
+pub mod device;
 mod oracle;
 mod score_rows;
 mod sparse_decode;

@@ -1,0 +1,182 @@
+//! Compiles `kernels/*.cu` under the feature `cuda`, one fat binary per file (sm_80, sm_90a, and PTX for newer cards), to be
+//! embedded. Fails when nvcc is missing and when a kernel spills more registers than `kernels/spills.txt` grants.
+
+#![allow(clippy::print_stdout, reason = "a build script speaks to cargo on its standard output")]
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs, thread};
+
+/// Machine code for Ampere and Hopper, and PTX that the driver compiles for anything newer.
+const TARGETS: [&str; 3] =
+    ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"];
+
+/// What the compiler says of one kernel for one target.
+#[derive(Default)]
+struct Resources {
+    registers: u32,
+    spills: u32,
+}
+
+type Report = BTreeMap<(String, String), Resources>;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    for variable in ["FLOE_NVCC", "CUDA_HOME", "PATH"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    if let Err(error) = build() {
+        println!("cargo::error={error}");
+        std::process::exit(1);
+    }
+}
+
+fn build() -> Result<(), String> {
+    let nvcc = find_nvcc()?;
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run by cargo only")?);
+    let mut sources: Vec<PathBuf> = fs::read_dir("kernels")
+        .map_err(|e| format!("kernels: {e}"))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    sources.sort();
+    let jobs: Vec<_> = sources
+        .iter()
+        .map(|source| {
+            let (nvcc, source, out) = (nvcc.clone(), source.clone(), out.clone());
+            thread::spawn(move || compile(&nvcc, &source, &out))
+        })
+        .collect();
+    let mut report = Report::new();
+    let mut table = String::from(
+        "/// Fat binaries by the stem of their source.\npub(crate) static MODULES: &[(&str, &Image)] = &[\n",
+    );
+    for (source, job) in sources.iter().zip(jobs) {
+        report.extend(job.join().map_err(|_| "a compiler thread panicked")??);
+        let stem = stem(source);
+        let _ = writeln!(
+            table,
+            "    (\"{stem}\", &Aligned(*include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{stem}.fatbin\")))),"
+        );
+    }
+    table.push_str("];\n");
+    fs::write(out.join("modules.rs"), table).map_err(|e| format!("modules.rs: {e}"))?;
+    judge(&report, &out)
+}
+
+/// nvcc: as named, else of the CUDA installation, else on the path, else as `scripts/cuda-toolchain.sh` puts it.
+fn find_nvcc() -> Result<PathBuf, String> {
+    if let Some(named) = env::var_os("FLOE_NVCC") {
+        let path = PathBuf::from(named);
+        return if path.is_file() {
+            Ok(path)
+        } else {
+            Err(format!("FLOE_NVCC names {}, which is no file", path.display()))
+        };
+    }
+    let home = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin"));
+    let path: Vec<PathBuf> = env::var_os("PATH").map(|p| env::split_paths(&p).collect()).unwrap_or_default();
+    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cuda-toolchain/nvidia/cu13/bin");
+    home.into_iter().chain(path).chain([fetched]).map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file()).ok_or_else(|| {
+        "the feature `cuda` needs nvcc, which is neither in FLOE_NVCC, CUDA_HOME nor PATH: run scripts/cuda-toolchain.sh to get it"
+            .to_owned()
+    })
+}
+
+fn stem(source: &Path) -> String {
+    source.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Compiles one file and returns its kernels' resources.
+fn compile(nvcc: &Path, source: &Path, out: &Path) -> Result<Report, String> {
+    let mut command = Command::new(nvcc);
+    command.args(["-std=c++17", "-O3", "-lineinfo", "--fatbin", "-Xptxas", "-v", "-o"]);
+    command.arg(out.join(format!("{}.fatbin", stem(source))));
+    for target in TARGETS {
+        command.args(["-gencode", target]);
+    }
+    let output = command.arg(source).output().map_err(|e| format!("{} does not run: {e}", nvcc.display()))?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("{}: {}", source.display(), text.replace('\n', " | ")));
+    }
+    Ok(parse(&text))
+}
+
+/// Reads the assembler's resource report.
+fn parse(text: &str) -> Report {
+    let mut report = Report::new();
+    let mut current: Option<(String, String)> = None;
+    for line in text.lines() {
+        if let Some(rest) = line.split_once("Compiling entry function '").map(|x| x.1) {
+            let mut parts = rest.split('\'');
+            if let (Some(kernel), Some(target)) = (parts.next(), parts.nth(1)) {
+                current = Some((kernel.to_owned(), target.to_owned()));
+            }
+        }
+        let Some(key) = &current else { continue };
+        let entry = report.entry(key.clone()).or_default();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        for (i, word) in words.iter().enumerate() {
+            let number = || i.checked_sub(1).and_then(|i| words[i].parse::<u32>().ok());
+            match *word {
+                "registers," | "registers" => entry.registers = number().unwrap_or(entry.registers),
+                // "N bytes spill stores, M bytes spill loads"
+                "spill" if i >= 2 => entry.spills += words[i - 2].parse::<u32>().unwrap_or(0),
+                _ => {}
+            }
+        }
+    }
+    report
+}
+
+/// Writes the report and refuses spills over the budget.
+fn judge(report: &Report, out: &Path) -> Result<(), String> {
+    let budget = fs::read_to_string("kernels/spills.txt").map_err(|e| format!("kernels/spills.txt: {e}"))?;
+    let granted = |kernel: &str, target: &str| {
+        budget
+            .lines()
+            .filter_map(|line| {
+                let words: Vec<&str> = line.split_whitespace().collect();
+                (words.first() == Some(&kernel) && words.get(1) == Some(&target))
+                    .then(|| words.get(2)?.parse().ok())
+                    .flatten()
+            })
+            .next()
+            .unwrap_or(0)
+    };
+    let (mut text, mut over) = (String::new(), String::new());
+    for ((kernel, target), used) in report {
+        let _ = writeln!(text, "{kernel} {target} registers {} spills {}", used.registers, used.spills);
+        if used.spills > granted(kernel, target) {
+            let _ = write!(
+                over,
+                " {kernel} {target} spills {} bytes, granted {};",
+                used.spills,
+                granted(kernel, target)
+            );
+        }
+    }
+    let path = out.join("resources.txt");
+    fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+    if report.is_empty() {
+        return Err("the compiler reported no kernel".to_owned());
+    }
+    if !over.is_empty() {
+        return Err(format!("registers spill over the budget of kernels/spills.txt:{over}"));
+    }
+    let registers = report.values().map(|used| used.registers).max().unwrap_or(0);
+    let spills: u32 = report.values().map(|used| used.spills).sum();
+    println!(
+        "cargo::warning={} kernel images, at most {registers} registers, {spills} spilled bytes: {}",
+        report.len(),
+        path.display()
+    );
+    Ok(())
+}

@@ -1,0 +1,11 @@
+//! Twins of the device kernels: the same arguments in host slices, the same lists, f64 accumulation, no order tricks.
+
+mod decode;
+mod rows;
+mod scan;
+mod states;
+
+pub use decode::{HostKv, HostSpans, TileRows, decode_lists};
+pub use rows::{append_rows, fetch_units};
+pub use scan::{HostSketches, match_scan, page_scores, page_tail, select_topk, sketch_scores};
+pub use states::merge_parts;

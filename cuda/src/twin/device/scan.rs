@@ -1,0 +1,154 @@
+//! Twins of the device scans of one item: `page_scores`, `sketch_scores`, `select_topk`, `page_tail`, `match_scan`.
+//!
+//! Scores here lie as [group, units]; the device's tiles are an order of the same numbers.
+
+use crate::KvElem;
+use crate::twin::StateF64;
+
+/// Scores [group, pages] of an item's pages, `q.mean_key * scale + ln count`, and their log-sum-exp `[group]`. `q` is
+/// [group, head_dim], `keys` [pages, head_dim], `log_count` `[pages]` with -inf for no page.
+pub fn page_scores<E: KvElem>(q: &[E], keys: &[E], log_count: &[f32], scale: f32) -> (Vec<f64>, Vec<f64>) {
+    let d = keys.len().checked_div(log_count.len()).unwrap_or(1).max(1);
+    let wide = |x: &E| f64::from(x.to_f32());
+    let mut scores = Vec::new();
+    let mut lse = Vec::new();
+    for q in q.chunks(d) {
+        let of_head: Vec<f64> = keys
+            .chunks(d)
+            .zip(log_count)
+            .map(|(key, log_count)| {
+                let dot: f64 = q.iter().zip(key).map(|(q, k)| wide(q) * wide(k)).sum();
+                if *log_count == f32::NEG_INFINITY {
+                    f64::NEG_INFINITY
+                } else {
+                    dot * f64::from(scale) + f64::from(*log_count)
+                }
+            })
+            .collect();
+        lse.push(log_sum_exp(&of_head));
+        scores.extend(of_head);
+    }
+    (scores, lse)
+}
+
+fn log_sum_exp(scores: &[f64]) -> f64 {
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if max == f64::NEG_INFINITY {
+        max
+    } else {
+        max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln()
+    }
+}
+
+/// Sketches of an item's tokens, as `floe_index::sketch` lays them out.
+#[derive(Debug, Clone, Copy)]
+pub struct HostSketches<'a> {
+    /// Bits of a code.
+    pub bits: usize,
+    /// [pages, bits, head_dim / 32, 16].
+    pub lines: &'a [u32],
+    /// [pages, 16].
+    pub scales: &'a [half::f16],
+    /// `[pages]` bit `t`: token `t` counts.
+    pub masks: &'a [u16],
+}
+
+/// Scores [group, 16 pages] of an item's tokens, `base + key_scale * q.level`, where `base` [group, pages] is the page's score
+/// without its count and relative to `lse`. `q` is [group, head_dim], rotated and scaled.
+pub fn sketch_scores(q: &[half::f16], sketches: &HostSketches<'_>, base: &[f64]) -> Vec<f64> {
+    let pages = sketches.masks.len();
+    let group = base.len().checked_div(pages).unwrap_or(0);
+    let d = q.len().checked_div(group).unwrap_or(0);
+    let mut scores = vec![f64::NEG_INFINITY; group * pages * 16];
+    for head in 0..group {
+        for token in (0..pages * 16).filter(|t| sketches.masks[t / 16] >> (t % 16) & 1 == 1) {
+            let page = token / 16;
+            let mut dot = 0.0;
+            for i in 0..d {
+                let bit = |plane: usize| {
+                    let line = (page * sketches.bits + plane) * (d / 32) + i / 32;
+                    sketches.lines[line * 16 + token % 16] >> (i % 32) & 1
+                };
+                let code = (0..sketches.bits).fold(0, |code, plane| 2 * code + bit(plane));
+                let level = 2.0 * f64::from(code) - f64::from((1u32 << sketches.bits) - 1);
+                dot += f64::from(q[head * d + i].to_f32()) * level;
+            }
+            let scale = f64::from(sketches.scales[token].to_f32());
+            scores[head * pages * 16 + token] = base[head * pages + page] + scale * dot;
+        }
+    }
+    scores
+}
+
+/// Units of the best keys, at most `budget`: `scores` [group, units] f32 less `lse` `[group]`, the largest over the group, in
+/// steps of 1/128 nat from -24 to 8; first those above the last step taken, then those of that step, each by number.
+pub fn select_topk(scores: &[f32], lse: &[f32], budget: usize) -> Vec<u32> {
+    let units = scores.len().checked_div(lse.len()).unwrap_or(0);
+    let mut keys: Vec<(u32, u32)> = (0..units)
+        .map(|unit| {
+            let best = lse
+                .iter()
+                .enumerate()
+                .map(|(head, lse)| scores[head * units + unit] - lse)
+                .fold(f32::NEG_INFINITY, f32::max);
+            let key =
+                if best > f32::NEG_INFINITY { ((best + 24.0) * 128.0).clamp(1.0, 4095.0) as u32 } else { 0 };
+            (key, unit as u32)
+        })
+        .filter(|(key, _)| *key > 0)
+        .collect();
+    keys.sort_by_key(|(key, unit)| (std::cmp::Reverse(*key), *unit));
+    let cut = keys.get(budget).map_or(0, |(key, _)| *key);
+    keys.truncate(budget);
+    let (mut above, mut at): (Vec<_>, Vec<_>) = keys.into_iter().partition(|(key, _)| *key > cut);
+    above.sort_by_key(|(_, unit)| *unit);
+    at.sort_by_key(|(_, unit)| *unit);
+    above.into_iter().chain(at).map(|(_, unit)| unit).collect()
+}
+
+/// State of weighted pages: `weights` [group, pages] relative to `lse` `[group]`, `values` [pages, head_dim].
+pub fn page_tail<E: KvElem>(weights: &[f64], lse: &[f64], values: &[E]) -> StateF64 {
+    let pages = weights.len().checked_div(lse.len()).unwrap_or(0);
+    let d = values.len().checked_div(pages).unwrap_or(0);
+    let mut state = StateF64 { out: vec![0.0; lse.len() * d], lse: vec![f64::NEG_INFINITY; lse.len()] };
+    for (head, lse) in lse.iter().enumerate() {
+        let weights = &weights[head * pages..(head + 1) * pages];
+        let sum: f64 = weights.iter().sum();
+        if sum <= 0.0 {
+            continue;
+        }
+        state.lse[head] = lse + sum.ln();
+        for (weight, value) in weights.iter().zip(values.chunks(d)) {
+            for (o, v) in state.out[head * d..(head + 1) * d].iter_mut().zip(value) {
+                *o += weight / sum * f64::from(v.to_f32());
+            }
+        }
+    }
+    state
+}
+
+/// Smallest squared distance of `q` `[dim]` to a query of `ring` [places, dim], and the place; infinite for an empty ring.
+pub fn match_scan(ring: &[f32], q: &[f32]) -> (f64, u32) {
+    let mut best = (f64::INFINITY, 0);
+    for (place, x) in ring.chunks(q.len().max(1)).enumerate() {
+        let distance: f64 = x.iter().zip(q).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+        if distance < best.0 {
+            best = (distance, place as u32);
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selection_takes_the_best_and_breaks_ties_by_number() {
+        let scores = [0.0, -1.0, -1.001, -1.0, f32::NEG_INFINITY, -30.0];
+        assert_eq!(select_topk(&scores, &[0.0], 2), [0, 1]);
+        assert_eq!(select_topk(&scores, &[0.0], 3), [0, 1, 3]);
+        assert_eq!(select_topk(&scores, &[0.0], 9), [0, 1, 2, 3, 5]);
+        assert_eq!(select_topk(&scores, &[0.0], 0), []);
+    }
+}
