@@ -1,13 +1,13 @@
 //! Time of build, insert, search and tail by size, on one thread, tree against flat scan of the same pages.
 //!
-//! `cargo run --release -p floe-index --example timing -- [n=..,..] [open=..,..] [trace=FILE noise=0.3] [sketch=k1 unit=token]`: keys are noisy
+//! `cargo run --release -p floe-index --example timing -- [n=..,..] [open=..,..] [trace=FILE noise=0.3] [sketch=k1 unit=token] [hnsw=yes]`: keys are noisy
 //! copies of a recorded trace, or topics within topics.
 #![allow(clippy::print_stdout, reason = "a report")]
 #![allow(clippy::unwrap_used, reason = "a tool for the bench: a bad file ends it")]
 
 use std::time::Instant;
 
-use floe_index::{Batch, Dci, Found, KeyIndex, Query, Scratch, SearchParams, Tail, TailOut, Unit};
+use floe_index::{Batch, Dci, Found, Hnsw, KeyIndex, Query, Scratch, SearchParams, Tail, TailOut, Unit};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -139,9 +139,18 @@ fn main() {
             dci.memory()
         );
         let flat = dci.flattened();
+        let graph = (option("hnsw", "no") == "yes").then(|| {
+            let mut graph = Hnsw::new(DIM, floe_index::HnswConfig::default()).unwrap();
+            let ids: Vec<u32> = (0..all as u32).collect();
+            let start = cpu_us();
+            graph.build(&Batch { ids: &ids, keys: &k, values: &v }).unwrap();
+            println!("  hnsw build {:.1} us/token", (cpu_us() - start) / all as f64);
+            graph
+        });
         let mut reference: Vec<Vec<u32>> = Vec::new();
         let runs: Vec<(String, &dyn KeyIndex, f32)> =
             std::iter::once(("flat".to_string(), &flat as &dyn KeyIndex, 1.0))
+                .chain(graph.iter().map(|g| ("hnsw".to_string(), g as &dyn KeyIndex, 1.0)))
                 .chain(fractions.iter().map(|&f| (format!("dci {f}"), &dci as &dyn KeyIndex, f)))
                 .collect();
         for (name, index, open_fraction) in runs {
