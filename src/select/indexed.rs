@@ -144,10 +144,6 @@ impl Selector for Indexed {
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
     }
 
-    fn reads_rows(&self) -> bool {
-        false
-    }
-
     fn fork(&self) -> Result<Box<dyn Selector>> {
         self.restored(&self.index.snapshot(), self.published)
     }
