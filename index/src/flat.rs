@@ -6,6 +6,7 @@
 use crate::blocks::LANES;
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Members, Pages, Removed};
@@ -178,6 +179,10 @@ impl KeyIndex for Flat {
         state: TailOut<'_>,
     ) -> Result<(), IndexError> {
         tail(self.isa, (&self.pages, &[]), (query, found, scratch), state)
+    }
+
+    fn pages(&self) -> Option<PageView<'_>> {
+        Some(PageView::of(&self.pages))
     }
 
     fn memory(&self) -> MemoryReport {

@@ -21,6 +21,7 @@ use hnsw_rs::anndists::dist::Distance;
 
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::flat::check_dim;
 use crate::found::Found;
 use crate::idmap::{IdMap, Place};
@@ -439,6 +440,10 @@ impl KeyIndex for Hnsw {
         state: TailOut<'_>,
     ) -> Result<(), IndexError> {
         found.empty_tail(query, (self.dim, self.stamp), state)
+    }
+
+    fn pages(&self) -> Option<PageView<'_>> {
+        None
     }
 
     fn memory(&self) -> MemoryReport {

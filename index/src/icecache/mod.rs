@@ -31,6 +31,7 @@ mod store;
 
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::flat::check_dim;
 use crate::found::Found;
 use crate::idmap::IdMap;
@@ -183,6 +184,10 @@ impl KeyIndex for Icecache {
         state: TailOut<'_>,
     ) -> Result<(), IndexError> {
         found.empty_tail(query, (self.store.dim, self.stamp), state)
+    }
+
+    fn pages(&self) -> Option<PageView<'_>> {
+        None
     }
 
     fn memory(&self) -> MemoryReport {
