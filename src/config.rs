@@ -30,8 +30,6 @@ pub struct HotConfig {
 pub struct ColdConfig {
     /// Folder of the cold files; must exist. They are removed when the engine is dropped.
     pub folder: PathBuf,
-    /// Bytes of warm keys and values, all sequences together, above which full slabs are written out.
-    pub warm_limit_bytes: usize,
 }
 
 /// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before
@@ -56,6 +54,9 @@ pub struct Config {
     pub dense_layers: usize,
     /// Hot tier of every kv head.
     pub hot: HotConfig,
+    /// Bytes of warm keys and values, all sequences together; what forks share counts once. With a cold tier slabs above
+    /// it are written out; without one, tokens that do not fit are refused. `None` = as much as the machine has.
+    pub warm_limit_bytes: Option<usize>,
     /// Cold tier; `None` = everything stays in memory.
     pub cold: Option<ColdConfig>,
     /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
@@ -82,6 +83,7 @@ impl Config {
             window: 64,
             dense_layers: 0,
             hot: HotConfig::default(),
+            warm_limit_bytes: None,
             cold: None,
             spans: Vec::new(),
             threads: 0,

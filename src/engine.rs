@@ -17,8 +17,8 @@ use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard, prefe
 use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
-use crate::page::ShardPages;
 use crate::page::cold::ColdTier;
+use crate::page::{ShardPages, WarmMemory};
 use crate::policy::PrefetchKind;
 use crate::prefill;
 use crate::select::Policy;
@@ -84,6 +84,7 @@ pub struct Engine {
     pool: Option<rayon::ThreadPool>,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
+    memory: WarmMemory,
     clock: Box<dyn Clock>,
     cold: Option<ColdTier<spill::SlabKey>>,
 }
@@ -104,6 +105,8 @@ impl Engine {
         };
         let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
         let cold = spill::open(&config)?;
+        let backend: Box<dyn AttentionBackend> = Box::new(CpuBackend::detect());
+        let memory = spill::warm_memory(&config, &*backend);
         Ok(Self {
             config,
             cold,
@@ -111,7 +114,8 @@ impl Engine {
             next_seq: 0,
             pool,
             workspaces: WorkspacePool::default(),
-            backend: Box::new(CpuBackend::detect()),
+            memory,
+            backend,
             clock: Box::new(SystemClock::start()),
         })
     }
@@ -127,7 +131,7 @@ impl Engine {
     /// # Errors
     /// When the policy cannot be set up for the model's shape.
     pub fn admit(&mut self) -> Result<SeqId> {
-        let sequence = Sequence::new(&self.config)?;
+        let sequence = Sequence::new(&self.config, &self.memory)?;
         let seq = SeqId(self.next_seq);
         self.next_seq += 1;
         self.sequences.insert(seq, sequence);

@@ -73,6 +73,9 @@ pub enum Error {
     /// The hot tier's books do not agree: a fault of this program. The step's result is not given out.
     #[error(transparent)]
     Offload(#[from] crate::transfer::OffloadError),
+    /// Environment: the warm tier is full, by its limit or because the machine has no memory left. Nothing was stored.
+    #[error(transparent)]
+    NoMemory(#[from] crate::page::NoMemory),
     /// A page file: cannot be read or written, is of another shape, or its frame is damaged.
     #[error(transparent)]
     File(#[from] crate::page::file::FileError),
@@ -108,7 +111,7 @@ impl Error {
     #[must_use]
     pub fn is_environment(&self) -> bool {
         match self {
-            Self::Pool { .. } | Self::Offload(_) | Self::NoRoom { .. } => true,
+            Self::Pool { .. } | Self::Offload(_) | Self::NoMemory(_) | Self::NoRoom { .. } => true,
             #[cfg(feature = "cuda")]
             Self::Device(error) => !matches!(
                 error,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::config::Config;
 use crate::error::Result;
 use crate::hot::HotShard;
-use crate::page::{PageTable, ShardPages};
+use crate::page::{PageTable, ShardPages, WarmMemory};
 use crate::reuse::{Off, ReuseCache};
 use crate::select::{Selector, selector};
 use crate::shape::PageShape;
@@ -27,9 +27,10 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    fn new(config: &Config) -> Result<Self> {
+    fn new(config: &Config, memory: &WarmMemory) -> Result<Self> {
+        let shape = PageShape::new(config.heads.head_dim(), config.kv_dtype);
         Ok(Self {
-            pages: ShardPages::new(PageShape::new(config.heads.head_dim(), config.kv_dtype)),
+            pages: ShardPages::with_memory(shape, memory),
             selector: selector(config)?.into(),
             reuse: Box::new(Off),
             hot: HotShard::new(config),
@@ -80,14 +81,13 @@ impl Shard {
     /// Forgets the tokens at and after `num_tokens` in every part.
     pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
         if num_tokens < self.published {
-            self.selector_mut()?.truncate(num_tokens as u32)?;
+            self.published = self.selector_mut()?.truncate(num_tokens as u32)? as usize;
         }
         self.reuse.truncate(num_tokens as u32);
         if let Some(hot) = &mut self.hot {
             hot.truncate(num_tokens, &self.pages)?;
         }
         self.pages.truncate(num_tokens);
-        self.published = self.published.min(num_tokens);
         Ok(())
     }
 }
@@ -125,10 +125,12 @@ impl Sequence {
         Self { layers: self.layers.iter().map(layer).collect() }
     }
 
-    pub(crate) fn new(config: &Config) -> Result<Self> {
+    /// No tokens yet; slabs will come from `memory`.
+    pub(crate) fn new(config: &Config, memory: &WarmMemory) -> Result<Self> {
         let layer = |layer: usize| -> Result<LayerShards> {
-            let shards =
-                (0..config.heads.num_kv_heads()).map(|_| Shard::new(config)).collect::<Result<_>>()?;
+            let shards = (0..config.heads.num_kv_heads())
+                .map(|_| Shard::new(config, memory))
+                .collect::<Result<_>>()?;
             Ok(LayerShards { shards, num_tokens: 0, span: config.spans.get(layer).copied().flatten() })
         };
         Ok(Self { layers: (0..config.num_layers).map(layer).collect::<Result<_>>()? })

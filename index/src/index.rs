@@ -4,6 +4,7 @@
 //! `search` and `tail` take `&self`, are deterministic, and allocate nothing once `Scratch` and `Found` have grown.
 
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::found::Found;
 use crate::scratch::Scratch;
 
@@ -180,6 +181,9 @@ pub trait KeyIndex: Send + Sync {
         scratch: &mut Scratch,
         state: TailOut<'_>,
     ) -> Result<(), IndexError>;
+
+    /// The pages as plain slices; `None` for an index that has none.
+    fn pages(&self) -> Option<PageView<'_>>;
 
     /// Host bytes owned, by part.
     fn memory(&self) -> MemoryReport;

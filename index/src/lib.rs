@@ -6,6 +6,7 @@ mod blocks;
 mod check;
 mod dci;
 mod error;
+pub mod export;
 mod flat;
 mod found;
 mod frame;

@@ -27,18 +27,18 @@ const REFINE_MIN: f32 = -2.7;
 /// The mean of `exp` over a node is more than `exp` of its mean: with Gaussian keys by half the variance. Measured on the 1.5B
 /// traces without a sketch at 96, 256, 1024 tokens: error .262 .195 .120 without it, .209 .151 .092 with 0.25, .204 .149 .093 with 0.4,
 /// .219 .164 .108 with 0.5, .453 .405 .319 with 1.
-const NODE_SPREAD: f32 = 0.33;
+pub(crate) const NODE_SPREAD: f32 = 0.33;
 
 /// Part of half the variance of a score that is added to it.
 ///
 /// A token's exact logit is its score plus the query's product with the code's error, so its expected weight is
 /// `exp(score + variance / 2)`; in theory the factor is 0.5. Measured on the 1.5B traces at 1024 tokens (k1 / k2v1): error .0527 / .0210
 /// without, .0478 / .0194 with 0.25, .0540 / .0204 with 0.5: real queries lean towards directions that the codes describe well.
-const SPREAD: f32 = 0.25;
+pub(crate) const SPREAD: f32 = 0.25;
 
 /// Mean squared error of a coordinate's code over its squared scale, for Gaussian coordinates: `pi / 2 - 1` for signs, and the
 /// distortion of the best uniform quantiser over its squared half step for 4 and 16 levels (.1188 / .498^2, .01154 / .1676^2; Max 1960).
-fn code_error(bits: usize) -> f32 {
+pub(crate) fn code_error(bits: usize) -> f32 {
     match bits {
         1 => std::f32::consts::FRAC_PI_2 - 1.0,
         2 => 0.479,

@@ -11,7 +11,7 @@ pub use cpu::CpuBackend;
 
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::page::{ShardPages, SlotMemory, SlotTable};
+use crate::page::{HostMemory, ShardPages, SlabSource, SlotMemory, SlotTable};
 use crate::query::GroupQuery;
 use crate::state::StateBuf;
 
@@ -50,6 +50,11 @@ pub struct HotTokens<'a> {
 
 /// Where attention runs. One implementation is chosen when the engine is opened.
 pub trait AttentionBackend: Send + Sync {
+    /// Where the slabs of the warm tier come from: memory that this backend reads best.
+    fn slab_source(&self) -> Box<dyn SlabSource> {
+        Box::new(HostMemory)
+    }
+
     /// Adds the attention of `tokens` to `state`, which covers other tokens or none. Long ranges are split over the worker
     /// threads, with the same bits for any number.
     ///

@@ -156,7 +156,7 @@ impl Engine {
         let file = PageFile::open(storage, path)?;
         let saved = SavedSequence::read(&file, path)?;
         saved.check(&self.config, path)?;
-        let mut sequence = Sequence::new(&self.config)?;
+        let mut sequence = Sequence::new(&self.config, &self.memory)?;
         let num_kv_heads = self.config.heads.num_kv_heads();
         let num_shards = saved.published.len();
         let mut slabs: Vec<Vec<(u32, Arc<dyn LentSlab>)>> = vec![Vec::new(); num_shards];
@@ -179,7 +179,7 @@ impl Engine {
             layer.num_tokens = saved.num_tokens[shard / num_kv_heads];
             let parts = &mut layer.shards[shard % num_kv_heads];
             let shape = parts.pages.shape();
-            parts.pages = ShardPages::from_lent(shape, slabs)
+            parts.pages = ShardPages::from_lent(shape, &self.memory, slabs)
                 .ok_or_else(|| format("slabs", format!("shard {shard}: a slab has the wrong size")))?;
             let (rows, published) = (parts.pages.num_tokens(), saved.published[shard]);
             if rows != layer.num_tokens || published > rows {

@@ -4,6 +4,21 @@
 //! be checked here: kernels leave out what lies outside a buffer and report it through
 //! [`Device::check_entries`](crate::device::Device::check_entries).
 //!
+//! # What a recorded step may change
+//! Every launcher may be recorded in a [`Graph`](crate::device::Graph): the grid and the addresses are fixed when it is recorded,
+//! everything below is read from device memory when it runs. Write these buffers before a replay (or by kernels inside it); an item
+//! that is absent this step has an empty range.
+//!
+//! | launcher | read from the device each time | fixed when recorded |
+//! |---|---|---|
+//! | [`dense_decode`], [`sparse_decode`], [`fetch_attend`] | `Spans::first`, `Spans::end` per item, every list entry and mask | items, and through [`PlanShape::rows_max`] the number of blocks an item gets: rows beyond it are attended all the same, only slower |
+//! | `Scan::page_scores`, `sketch_scores`, `page_tail` | first and last page of each item, ln counts, masks | items, blocks an item (from `pages_max`; more pages are scored all the same) |
+//! | `Scan::select_topk` | first and last unit, where each list begins; writes where it ends | the budget; units beyond `pages_max` are **not** considered: plan for the longest context |
+//! | [`fetch_pages`], [`fetch_rows`] | [`Fetch::num`], the lists; [`Fetch::NOWHERE`] leaves a unit out | most units |
+//! | [`append_kv`] | where each row goes; [`NewRows::NOWHERE`] leaves it out | most rows |
+//! | [`match_scan`] | places in use of each ring | heads, places |
+//! | [`merge_states`] | empty parts have `lse` -inf | which parts |
+//!
 //! An *item* is one query group against one shard: a kv head of a request. A *slot* is a place of 16 consecutive rows in the
 //! hot tier's `kv` [num_rows, 2, head_dim].
 

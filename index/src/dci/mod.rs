@@ -14,6 +14,7 @@ mod tree;
 
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::flat::{Flat, check_dim};
 use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
@@ -136,6 +137,10 @@ impl KeyIndex for Dci {
     ) -> Result<(), IndexError> {
         let from = (&self.pages, self.tree.levels.as_slice());
         tail(self.isa, from, (query, found, scratch), state)
+    }
+
+    fn pages(&self) -> Option<PageView<'_>> {
+        Some(PageView::of(&self.pages))
     }
 
     fn memory(&self) -> MemoryReport {

@@ -45,7 +45,7 @@ pub use query::PreparedQuery;
 use crate::error::IndexError;
 use crate::rotate::Rotation;
 use crate::simd::Isa;
-use crate::simd::codes::{self, LINE_DIMS, PAGE_TOKENS};
+use crate::simd::codes::{self, LINE_DIMS, PAGE_TOKENS, PageCodes};
 use planes::{Kind, Store, StoreMut};
 
 /// The sketches of all tokens of one shard.
@@ -238,6 +238,16 @@ impl Sketch {
             *out = scale * (2 * code - ((1 << bits) - 1)) as f32;
         }
         self.rotation.apply_inverse(out);
+    }
+
+    /// Key codes and scales of all pages.
+    pub fn key_codes(&self) -> PageCodes<'_> {
+        self.keys.codes()
+    }
+
+    /// Value codes and scales of all pages.
+    pub fn value_codes(&self) -> PageCodes<'_> {
+        self.values.codes()
     }
 
     /// Host bytes owned: codes and scales.

@@ -6,6 +6,6 @@ mod scan;
 mod states;
 
 pub use decode::{HostKv, HostSpans, TileRows, decode_lists};
-pub use rows::{append_rows, fetch_units};
+pub use rows::{NOWHERE, append_rows, fetch_units};
 pub use scan::{HostSketches, match_scan, page_scores, page_tail, select_topk, sketch_scores};
 pub use states::merge_parts;
