@@ -245,6 +245,27 @@ impl<T: Pod> DeviceBuffer<T> {
         unsafe { result::memcpy_htod_async(address, data, stream.raw()) }.named("cuMemcpyHtoDAsync")
     }
 
+    /// Queues a copy of a part of another buffer of the device to the elements from `to` on.
+    ///
+    /// # Errors
+    /// Ranges that leave their buffers; what the driver reports.
+    pub fn copy_part(
+        &mut self,
+        to: usize,
+        (other, from): (&Self, Range<usize>),
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        check_range(&from, other.len)?;
+        check_range(&(to..to.saturating_add(from.len())), self.len)?;
+        self.device.bind()?;
+        let size = size_of::<T>();
+        let (target, source) =
+            (self.address + (to * size) as u64, other.address + (from.start * size) as u64);
+        // SAFETY: both ranges lie in their allocations, which are different ones.
+        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
+    }
+
     /// Queues a copy of elements `from` to those from `to` on; the two do not overlap.
     ///
     /// # Errors
