@@ -266,26 +266,6 @@ impl<T: Pod> DeviceBuffer<T> {
             .named("cuMemcpyDtoDAsync")
     }
 
-    /// Queues a copy of elements `from` to those from `to` on; the two do not overlap.
-    ///
-    /// # Errors
-    /// Ranges that leave the buffer or overlap; what the driver reports.
-    pub fn copy_within(&mut self, from: Range<usize>, to: usize, stream: &Stream) -> Result<(), DeviceError> {
-        let target = to..to.saturating_add(from.len());
-        check_range(&from, self.len)?;
-        check_range(&target, self.len)?;
-        if from.start < target.end && target.start < from.end {
-            let expected = "a range that does not overlap its source";
-            return Err(DeviceError::Unsupported { field: "to", value: to, expected });
-        }
-        self.device.bind()?;
-        let size = size_of::<T>();
-        let at = |element: usize| self.address + (element * size) as u64;
-        // SAFETY: both ranges lie in the allocation and do not overlap.
-        unsafe { result::memcpy_dtod_async(at(to), at(from.start), from.len() * size, stream.raw()) }
-            .named("cuMemcpyDtoDAsync")
-    }
-
     /// Queues a fill of a range with one byte.
     ///
     /// # Errors
