@@ -190,12 +190,11 @@ fn read_context(
     }
 }
 
+/// Tokens of a context, and what is asked about it.
+type Prompts = (Vec<u32>, Vec<(Task, Prompt)>);
+
 /// The context and the questions of an episode as tokens, the context at most `plan.context` long.
-fn prompts(
-    model: &Model,
-    plan: &EvalPlan,
-    spec: EpisodeSpec<'_>,
-) -> HostResult<(Vec<u32>, Vec<(Task, Prompt)>)> {
+fn prompts(model: &Model, plan: &EvalPlan, spec: EpisodeSpec<'_>) -> HostResult<Prompts> {
     let EpisodeSpec { tasks, text, seed, .. } = spec;
     let room = model.config().context;
     let more = QUESTION_TOKENS.max(PERPLEXITY_TOKENS + 1);
