@@ -34,7 +34,8 @@ class Engine:
         threads: own worker threads; 0 = one per core, shared.
         seed: of everything random.
         hot_slots, hot_unit, eviction, prefetch: hot tier of each kv head; 0 slots = none.
-        cold_folder, warm_limit_bytes: where keys and values go that memory has no room for.
+        warm_limit_bytes: bytes of keys and values in memory, all sequences together; None = as much as the machine has.
+        cold_folder: where what is above that limit goes; without one, tokens that do not fit are refused.
 
     Raises:
         ValueError: a setting out of range; the text names the field and the value.
@@ -62,7 +63,7 @@ class Engine:
         eviction: str = "lru",
         prefetch: str = "none",
         cold_folder: StrPath | None = None,
-        warm_limit_bytes: int = 0,
+        warm_limit_bytes: int | None = None,
     ) -> None: ...
     def admit(self) -> Sequence:
         """Opens an empty sequence."""

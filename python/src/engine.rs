@@ -31,7 +31,7 @@ impl PyEngine {
     #[pyo3(signature = (
         num_layers, num_q_heads, num_kv_heads, head_dim, *, dtype="bfloat16", policy="floe", budget=256, sinks=16,
         window=64, dense_layers=0, spans=None, threads=0, seed=0, hot_slots=0, hot_unit="row", eviction="lru",
-        prefetch="none", cold_folder=None, warm_limit_bytes=0
+        prefetch="none", cold_folder=None, warm_limit_bytes=None
     ))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
@@ -53,7 +53,7 @@ impl PyEngine {
         eviction: &str,
         prefetch: &str,
         cold_folder: Option<PathBuf>,
-        warm_limit_bytes: usize,
+        warm_limit_bytes: Option<usize>,
     ) -> PyResult<Self> {
         let heads = HeadShape::new(num_q_heads, num_kv_heads, head_dim).or_py_err()?;
         let refuse = |field: &'static str, value: &str| {
@@ -77,7 +77,8 @@ impl PyEngine {
             window,
             dense_layers,
             hot,
-            cold: cold_folder.map(|folder| ColdConfig { folder, warm_limit_bytes }),
+            cold: cold_folder.map(|folder| ColdConfig { folder }),
+            warm_limit_bytes,
             spans: spans.unwrap_or_default(),
             threads,
             seed,
@@ -124,6 +125,7 @@ impl PyEngine {
             "threads": config.threads,
             "seed": config.seed,
             "hot_slots": config.hot.slots,
+            "warm_limit_bytes": config.warm_limit_bytes,
         });
         Ok(to_py(py, &value)?.cast_into()?)
     }

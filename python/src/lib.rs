@@ -22,7 +22,7 @@ fn _floe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<engine::PyEngine>()?;
     module.add_class::<sequence::PySequence>()?;
     module.add_class::<trace::PyTrace>()?;
-    module.add_class::<trace::PyTraceTensor>()?;
+    module.add_class::<tensor::PyTraceTensor>()?;
     module.add_function(wrap_pyfunction!(trace::write_trace, module)?)?;
     module.add_function(wrap_pyfunction!(replay::replay, module)?)?;
     module.add_function(wrap_pyfunction!(replay::profile, module)?)?;

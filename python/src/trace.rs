@@ -4,22 +4,17 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use dlpark::allocation::dynamic;
-use dlpark::ffi::{DLDataType, DLDataTypeCode, DLDevice, DLManagedTensor, DLManagedTensorVersioned};
-use dlpark::metadata::Dynamic;
-use dlpark::python::{DlpackExporter, ExportRequest, export_dlpack};
-use dlpark::{DlpackFlags, Managed, ManagedTensorBase};
 use floe::trace::{Rope, Segment, Tensor, Trace, TraceMeta, TraceWriter};
 use half::bf16;
 use numpy::PyArray1;
-use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use serde_json::{Value, json};
 
 use crate::error::{OrPyErr, bad_field, bad_tensor};
 use crate::json::to_py;
-use crate::tensor::HostTensor;
+use crate::tensor::{HostTensor, PyTraceTensor};
 
 /// A recorded trace, open and valid.
 #[pyclass(name = "Trace", module = "floe", frozen)]
@@ -57,7 +52,7 @@ impl PyTrace {
     fn tensor(&self, name: &str) -> PyResult<PyTraceTensor> {
         let tensor = Tensor::ALL.into_iter().find(|tensor| tensor.name() == name);
         let tensor = tensor.ok_or_else(|| bad_field("name", name, "must be k, v, q or q_pre"))?;
-        Ok(PyTraceTensor { trace: self.trace.clone(), tensor })
+        Ok(PyTraceTensor::new(self.trace.clone(), tensor))
     }
 
     /// Keys, `[num_tokens, head_dim]`, as a new float32 array.
@@ -102,84 +97,6 @@ fn widened<'py>(py: Python<'py>, trace: &Arc<Trace>, tensor: Tensor) -> PyResult
     let wide: Vec<f32> = py.detach(|| trace.elements(tensor).iter().map(|x| x.to_f32()).collect());
     let shape = PyTuple::new(py, tensor.shape(trace.meta()))?;
     PyArray1::from_vec(py, wide).call_method1("reshape", (shape,))
-}
-
-/// One tensor of a trace, for `torch.from_dlpack` and the like: bfloat16, read in place from the mapped file, read-only.
-#[pyclass(name = "TraceTensor", module = "floe", frozen)]
-pub struct PyTraceTensor {
-    trace: Arc<Trace>,
-    tensor: Tensor,
-}
-
-#[pymethods]
-impl PyTraceTensor {
-    /// Shape.
-    #[getter]
-    fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, self.tensor.shape(self.trace.meta()))
-    }
-
-    fn __dlpack_device__(&self) -> (u32, i32) {
-        (DLDevice::CPU.device_type.0, DLDevice::CPU.device_id)
-    }
-
-    #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
-    fn __dlpack__(
-        &self,
-        py: Python<'_>,
-        stream: Option<&Bound<'_, PyAny>>,
-        max_version: Option<(u32, u32)>,
-        dl_device: Option<(u32, i32)>,
-        copy: Option<bool>,
-    ) -> PyResult<Py<PyAny>> {
-        export_dlpack(self, py, ExportRequest::parse(stream, max_version, dl_device, copy)?)
-    }
-
-    fn __repr__(&self) -> String {
-        format!("TraceTensor({}, {:?})", self.tensor.name(), self.tensor.shape(self.trace.meta()))
-    }
-}
-
-impl PyTraceTensor {
-    fn managed<M: ManagedTensorBase>(&self) -> PyResult<Managed<M>> {
-        let broken = |error: &dyn std::fmt::Display| PyBufferError::new_err(error.to_string());
-        let shape = self.tensor.shape(self.trace.meta());
-        let mut strides = vec![1i64; shape.len()];
-        for i in (1..shape.len()).rev() {
-            strides[i - 1] = strides[i] * shape[i] as i64;
-        }
-        let prepared =
-            Dynamic::new(&shape[..], &strides[..]).prepare_as::<M>().map_err(|error| broken(&error))?;
-        let mut tensor: dynamic::Initialized<M> = prepared.initialize(self.trace.clone());
-        tensor.set_data(self.trace.elements(self.tensor).as_ptr().cast_mut().cast());
-        tensor.set_dtype(DLDataType { code: DLDataTypeCode::BFLOAT, bits: 16, lanes: 1 });
-        tensor.set_device(DLDevice::CPU);
-        tensor.set_flags(DlpackFlags::READ_ONLY).map_err(|error| broken(&error))?;
-        // SAFETY: pointer, shape and strides are those of the elements, which live in the trace that the tensor owns.
-        Ok(unsafe { tensor.finish() })
-    }
-}
-
-impl DlpackExporter for PyTraceTensor {
-    fn device(&self) -> DLDevice {
-        DLDevice::CPU
-    }
-
-    fn flags(&self) -> DlpackFlags {
-        DlpackFlags::READ_ONLY
-    }
-
-    fn prepare_export(&self, _py: Python<'_>, _request: &ExportRequest<'_>) -> PyResult<()> {
-        Ok(())
-    }
-
-    fn export_legacy(&self, _py: Python<'_>) -> PyResult<Managed<DLManagedTensor>> {
-        self.managed()
-    }
-
-    fn export_versioned(&self, _py: Python<'_>) -> PyResult<Managed<DLManagedTensorVersioned>> {
-        self.managed()
-    }
 }
 
 fn meta_json(meta: &TraceMeta) -> Value {

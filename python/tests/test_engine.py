@@ -183,6 +183,20 @@ def test_bad_shapes_and_numbers_are_value_errors_and_store_nothing(rng):
     assert seq.num_tokens() == 0
 
 
+def test_a_cold_tier_changes_no_bit_and_without_one_the_limit_refuses(rng, tmp_path):
+    q, k, v = rows(rng, 2001)
+    limit = 64 * 1024
+    outs = []
+    for settings in ({}, {"warm_limit_bytes": limit, "cold_folder": tmp_path}):
+        seq = engine(budget=96, sinks=4, window=16, **settings).admit()
+        seq.append(0, k[:2000], v[:2000])
+        outs.append(seq.decode(0, q[2000], k[2000], v[2000]))
+    np.testing.assert_array_equal(*outs)
+    seq = engine(warm_limit_bytes=limit).admit()
+    with pytest.raises((RuntimeError, ValueError), match=f"{limit}"):
+        seq.append(0, k, v)
+
+
 def test_closed_sequences_and_files_have_their_own_errors(rng, tmp_path):
     host = engine()
     seq = host.admit()

@@ -26,6 +26,16 @@ LLAMA3 = {
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 0.5 * i for i in range(8)],
+}
+
 #: name: (model type, settings beyond the shared ones)
 MODELS = {
     "llama": ("llama", {}),
@@ -34,6 +44,8 @@ MODELS = {
     "llama-rope-llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama-rope-yarn": ("llama", {"rope_parameters": YARN}),
     "llama-rope-dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 40}),
+    "llama-rope-linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama-rope-longrope": ("llama", {"rope_parameters": LONGROPE}),
     # SmolLM and SmolLM2 are Llamas with tied embeddings and a large rope base.
     "smollm2": (
         "llama",
@@ -170,6 +182,40 @@ def test_assisted_generation_crops(name):
     eager, ours, cache = both(name, inputs, prompt_lookup_num_tokens=4, max_new_tokens=30)
     assert torch.equal(eager.sequences, ours.sequences)
     assert cache.get_seq_length() == eager.past_key_values.get_seq_length()
+
+
+def test_sampling_draws_the_same_tokens():
+    arguments = {"do_sample": True, "temperature": 0.7, "top_k": 20, "num_return_sequences": 2}
+    out = []
+    for cache in (lambda model: None, lambda model: FloeCache(enable(model).config, policy="full")):
+        model = build("qwen2")
+        own = {"past_key_values": cache(model)}
+        transformers.set_seed(5)
+        out.append(model.generate(prompt(1, 40), max_new_tokens=20, **arguments, **{k: v for k, v in own.items() if v}))
+    assert torch.equal(*out)
+
+
+def test_a_conversation_goes_on():
+    out = []
+    for floe_cache in (False, True):
+        model = build("qwen3")
+        cache = FloeCache(enable(model).config, policy="full") if floe_cache else DynamicCache(config=model.config)
+        first = model.generate(prompt(1, 30), past_key_values=cache, max_new_tokens=6, do_sample=False)
+        more = torch.cat([first, prompt(1, 12, seed=4)], dim=1)
+        out.append(model.generate(more, past_key_values=cache, max_new_tokens=6, do_sample=False))
+    assert torch.equal(*out)
+
+
+def test_the_policy_may_change_between_tokens():
+    model = enable(build("llama"))
+    ids = prompt(1, 302)
+    cache = FloeCache(model.config, policy="window", budget=20, sinks=4, window=16)
+    with torch.no_grad():
+        model(input_ids=ids[:, :300], past_key_values=cache)
+        model(input_ids=ids[:, 300:301], past_key_values=cache)
+        cache.set_policy("full", 20)
+        model(input_ids=ids[:, 301:], past_key_values=cache)
+    assert cache.metrics()[0]["paths"] == {"sparse": 6, "exact": 6}
 
 
 def test_crop_goes_back(rng):

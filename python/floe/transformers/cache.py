@@ -296,6 +296,11 @@ class FloeCache(Cache):
         """Rows of the batch, -1 before the first forward pass."""
         return len(self._rows) or -1
 
+    def set_policy(self, policy: str, budget: int) -> None:
+        """Selects differently from now on; the stored tokens stay."""
+        self._engine.set_policy(policy, budget)
+        self._settings |= {"policy": policy, "budget": budget}
+
     def metrics(self) -> list[dict[str, Any]]:
         """What the decode steps of each row did: `Sequence.metrics`."""
         return [row.metrics() for row in self._rows]
