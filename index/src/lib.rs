@@ -18,6 +18,7 @@ mod index;
 mod keys16;
 mod pages;
 mod quant;
+mod refine;
 mod rotate;
 mod rows;
 mod scratch;
@@ -25,6 +26,7 @@ mod search;
 pub mod simd;
 pub mod sketch;
 mod snapshot;
+mod tail;
 mod tokens;
 mod topk;
 
