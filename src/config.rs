@@ -62,8 +62,8 @@ pub struct Config {
     /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
     /// is attended exactly over its span, whatever the policy. Empty = no layer is limited, else `[num_layers]`.
     pub spans: Vec<Option<usize>>,
-    /// Own worker threads; 0 = the rayon pool that the caller is in, else rayon's global one (one thread per core, or as
-    /// many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
+    /// Own worker threads; 0 = the rayon pool that the caller is in, else one that all engines of the process share (a
+    /// thread per core, or as many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
     pub threads: usize,
     /// Seed of everything random: projections, rotations, sampling.
     pub seed: u64,
