@@ -7,7 +7,7 @@ use std::time::Instant;
 use clap::Args;
 use floe::Policy;
 use floe::replay::{
-    DecodeFrom, REPLAY_SCHEMA, ReplayPlan, TraceReplay, html, num_runs, replay, summarise, tables,
+    DecodeFrom, REPLAY_SCHEMA, ReplayPlan, TraceReplay, html, num_runs, replay, reuse_rows, summarise, tables,
 };
 use floe::trace::Trace;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -108,7 +108,8 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     )?;
     if let Some(path) = &args.json {
         let rows: Vec<_> = replays.iter().flat_map(summarise).collect();
-        let document = serde_json::json!({ "schema": REPLAY_SCHEMA, "rows": rows });
+        let reuse: Vec<_> = replays.iter().flat_map(reuse_rows).collect();
+        let document = serde_json::json!({ "schema": REPLAY_SCHEMA, "rows": rows, "reuse": reuse });
         write_file(path, &serde_json::to_string_pretty(&document)?)?;
     }
     if let Some(path) = &args.html {

@@ -6,6 +6,8 @@
 //! bytes read.
 
 mod render;
+mod reuse;
+mod reuse_render;
 mod run;
 mod summary;
 mod truth;
@@ -13,6 +15,7 @@ mod truth;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use render::{html, tables};
+pub use reuse::{Errors, ReuseRow, Stretch, average_reuse, reuse_rows};
 pub use run::Run;
 pub use summary::{REPLAY_SCHEMA, ReplayRow, average, summarise};
 
