@@ -96,6 +96,7 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] naming the first field that is out of range.
     pub fn validate(&self) -> Result<()> {
+        self.policy.reuse().validate()?;
         if self.num_layers == 0 {
             return Err(Error::config("num_layers", self.num_layers, "must be at least 1"));
         }
