@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::config::Config;
 use crate::error::Result;
 use crate::hot::HotShard;
-use crate::page::{PageTable, ShardPages};
-use crate::reuse::{Off, ReuseCache};
+use crate::page::{PageTable, ShardPages, WarmMemory};
+use crate::reuse::{ReuseCache, cache};
 use crate::select::{Selector, selector};
 use crate::shape::PageShape;
 
@@ -16,6 +16,8 @@ pub(crate) struct Shard {
     /// Shared with forks until it changes.
     pub(crate) selector: Arc<dyn Selector>,
     pub(crate) reuse: Box<dyn ReuseCache>,
+    /// Place among the shards of the model, layers outermost.
+    place: usize,
     /// Slots, when the configuration asks for them.
     pub(crate) hot: Option<HotShard>,
     /// Tokens `0..published` are known to the selector; the rest are young and always attended.
@@ -27,11 +29,13 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    fn new(config: &Config) -> Result<Self> {
+    fn new(config: &Config, memory: &WarmMemory, place: usize) -> Result<Self> {
+        let shape = PageShape::new(config.heads.head_dim(), config.kv_dtype);
         Ok(Self {
-            pages: ShardPages::new(PageShape::new(config.heads.head_dim(), config.kv_dtype)),
+            pages: ShardPages::with_memory(shape, memory),
             selector: selector(config)?.into(),
-            reuse: Box::new(Off),
+            reuse: cache(config, place),
+            place,
             hot: HotShard::new(config),
             published: 0,
             first_batch: 0,
@@ -55,12 +59,13 @@ impl Shard {
         }
     }
 
-    /// A shard with the same contents. Earlier states and slots are not taken along: they are caches.
+    /// A shard with the same contents. Slots are not taken along: they are a cache.
     fn fork(&self, config: &Config) -> Self {
         Self {
             pages: self.pages.clone(),
             selector: self.selector.clone(),
-            reuse: Box::new(Off),
+            reuse: self.reuse.fork(),
+            place: self.place,
             hot: HotShard::new(config),
             published: self.published,
             first_batch: self.first_batch,
@@ -71,7 +76,7 @@ impl Shard {
     /// Replaces the selector by a fresh one for `config`, which has heard of no token yet.
     pub(crate) fn reselect(&mut self, config: &Config) -> Result<()> {
         self.selector = selector(config)?.into();
-        self.reuse.truncate(0);
+        self.reuse = cache(config, self.place);
         self.published = 0;
         self.first_batch = 0;
         Ok(())
@@ -80,14 +85,13 @@ impl Shard {
     /// Forgets the tokens at and after `num_tokens` in every part.
     pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
         if num_tokens < self.published {
-            self.selector_mut()?.truncate(num_tokens as u32)?;
+            self.published = self.selector_mut()?.truncate(num_tokens as u32)? as usize;
         }
         self.reuse.truncate(num_tokens as u32);
         if let Some(hot) = &mut self.hot {
             hot.truncate(num_tokens, &self.pages)?;
         }
         self.pages.truncate(num_tokens);
-        self.published = self.published.min(num_tokens);
         Ok(())
     }
 }
@@ -125,10 +129,12 @@ impl Sequence {
         Self { layers: self.layers.iter().map(layer).collect() }
     }
 
-    pub(crate) fn new(config: &Config) -> Result<Self> {
+    /// No tokens yet; slabs will come from `memory`.
+    pub(crate) fn new(config: &Config, memory: &WarmMemory) -> Result<Self> {
         let layer = |layer: usize| -> Result<LayerShards> {
-            let shards =
-                (0..config.heads.num_kv_heads()).map(|_| Shard::new(config)).collect::<Result<_>>()?;
+            let shards = (0..config.heads.num_kv_heads())
+                .map(|head| Shard::new(config, memory, layer * config.heads.num_kv_heads() + head))
+                .collect::<Result<_>>()?;
             Ok(LayerShards { shards, num_tokens: 0, span: config.spans.get(layer).copied().flatten() })
         };
         Ok(Self { layers: (0..config.num_layers).map(layer).collect::<Result<_>>()? })

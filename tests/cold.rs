@@ -21,9 +21,11 @@ const TOKENS: usize = 1500;
 /// One slab of 256 rows of K and V, 16 elements, bf16.
 const SLAB: usize = 256 * 2 * 16 * 2;
 
-fn setup(policy: &str, cold: Option<ColdConfig>) -> (Layer, Config) {
+fn setup(policy: &str, cold: Option<(&Path, usize)>) -> (Layer, Config) {
     let heads = HeadShape::new(4, 2, 16).unwrap();
-    (Layer::random(heads, TOKENS, 17), Config { cold, ..config(heads, policy, 112) })
+    let warm_limit_bytes = cold.map(|(_, limit)| limit);
+    let cold = cold.map(|(folder, _)| ColdConfig { folder: folder.into() });
+    (Layer::random(heads, TOKENS, 17), Config { cold, warm_limit_bytes, ..config(heads, policy, 112) })
 }
 
 fn run(engine: &mut Engine, layer: &Layer, seq: SeqId, prefill: usize) -> Vec<Vec<f32>> {
@@ -44,8 +46,7 @@ fn a_warm_limit_changes_no_bit_and_is_kept() {
         let expected = run(&mut engine, &layer, seq, 1400);
 
         let warm_limit_bytes = 4 * SLAB;
-        let cold = ColdConfig { folder: folder.path().into(), warm_limit_bytes };
-        let (_, config) = setup(policy, Some(cold));
+        let (_, config) = setup(policy, Some((folder.path(), warm_limit_bytes)));
         let mut engine = Engine::open(config).unwrap();
         let seq = engine.admit().unwrap();
         assert!(run(&mut engine, &layer, seq, 1400) == expected, "{policy}");
@@ -123,9 +124,9 @@ fn a_full_disk_loses_nothing_and_is_reported() {
     let seq = engine.admit().unwrap();
     let expected = run(&mut engine, &layer, seq, 1400);
     for room in [0, 100, SLAB + 500, 3 * SLAB] {
-        let cold = ColdConfig { folder: folder.path().into(), warm_limit_bytes: 2 * SLAB };
         let disk = Arc::new(SmallDisk { room: Arc::new(AtomicUsize::new(room)) });
-        let mut engine = Engine::open_on(disk.clone(), setup("floe", Some(cold)).1).unwrap();
+        let (_, config) = setup("floe", Some((folder.path(), 2 * SLAB)));
+        let mut engine = Engine::open_on(disk.clone(), config).unwrap();
         let seq = engine.admit().unwrap();
         assert!(run(&mut engine, &layer, seq, 1400) == expected, "{room}");
         let report = engine.cold_report().unwrap();
@@ -144,8 +145,7 @@ const CHILD: &str = "FLOE_TEST_SPILL_INTO";
 #[test]
 fn child_that_spills_for_ever() {
     let Ok(folder) = std::env::var(CHILD) else { return };
-    let cold = ColdConfig { folder: folder.into(), warm_limit_bytes: SLAB };
-    let (layer, config) = setup("window", Some(cold));
+    let (layer, config) = setup("window", Some((Path::new(&folder), SLAB)));
     let mut engine = Engine::open(config).unwrap();
     for _ in 0..1000 {
         let seq = engine.admit().unwrap();
@@ -189,7 +189,38 @@ fn what_a_killed_process_wrote_is_whole() {
 
 #[test]
 fn a_folder_that_is_none_is_refused_by_name() {
-    let cold = ColdConfig { folder: "/nonexistent/floe".into(), warm_limit_bytes: 0 };
-    let message = Engine::open(setup("floe", Some(cold)).1).err().unwrap().to_string();
+    let (_, config) = setup("floe", Some((Path::new("/nonexistent/floe"), 0)));
+    let message = Engine::open(config.clone()).err().unwrap().to_string();
     assert!(message.contains("cold.folder") && message.contains("/nonexistent/floe"), "{message}");
+    let limitless =
+        Config { warm_limit_bytes: None, cold: Some(ColdConfig { folder: ".".into() }), ..config };
+    let message = Engine::open(limitless).err().unwrap().to_string();
+    assert!(message.contains("warm_limit_bytes"), "{message}");
+}
+
+#[test]
+fn a_full_warm_tier_refuses_tokens_and_keeps_what_it_has() {
+    let (layer, plain) = setup("floe", None);
+    // Room for two slabs of each of the two heads.
+    let mut engine = Engine::open(Config { warm_limit_bytes: Some(4 * SLAB), ..plain.clone() }).unwrap();
+    let seq = engine.admit().unwrap();
+    let (k, v) = layer.rows(0..500);
+    engine.prefill(seq, LayerId(0), &k, &v).unwrap();
+    let (k, v) = layer.rows(500..520);
+    let refusal = engine.prefill(seq, LayerId(0), &k, &v).unwrap_err();
+    assert!(refusal.is_environment() && refusal.to_string().contains("warm_limit_bytes"), "{refusal}");
+    assert_eq!((engine.num_tokens(seq, LayerId(0)).unwrap(), engine.warm_bytes()), (500, 4 * SLAB));
+    let mut other = Engine::open(plain).unwrap();
+    let own = other.admit().unwrap();
+    let (k, v) = layer.rows(0..500);
+    other.prefill(own, LayerId(0), &k, &v).unwrap();
+    for position in 500..512 {
+        let expected = layer.decode(&mut other, own, 0, position).0;
+        assert!(layer.decode(&mut engine, seq, 0, position).0 == expected);
+    }
+    // A closed sequence makes room.
+    engine.close(seq).unwrap();
+    assert_eq!(engine.warm_bytes(), 0);
+    let again = engine.admit().unwrap();
+    engine.prefill(again, LayerId(0), &k, &v).unwrap();
 }

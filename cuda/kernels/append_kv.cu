@@ -1,7 +1,10 @@
 // Writes new keys and values as rows: row[to[i]] = (k[i], v[i]). Elements are moved bit for bit, 16 bytes at a time.
+// Rows bound for NOWHERE are left out: a recorded launch covers every sequence that may be present.
 #include <cstdint>
 
 namespace floe {
+
+constexpr uint32_t NOWHERE = 0xffffffffu;
 
 // Mirrored by `ops::append_kv::AppendParams`.
 struct AppendParams {
@@ -16,9 +19,11 @@ struct AppendParams {
 } // namespace floe
 
 extern "C" __global__ void __launch_bounds__(128) append_kv(const __grid_constant__ floe::AppendParams p) {
+    using namespace floe;
     const uint32_t at = blockIdx.x * 128 + threadIdx.x, width = 2 * p.pieces;
     if (at >= p.rows * width) return;
     const uint32_t row = at / width, piece = at % width, to = p.to[row];
+    if (to == NOWHERE) return;
     if (to >= p.num_rows) {
         *p.fault = 1;
         return;

@@ -6,11 +6,13 @@
 
 namespace floe {
 
+constexpr uint32_t NOWHERE = 0xffffffffu;
+
 // Mirrored by `ops::fetch::FetchParams`.
 struct FetchParams {
     const uint4 *host;    // [host_units, pieces] host-mapped
     uint4 *kv;            // [num_units, pieces]
-    const uint32_t *from; // [units] unit of host
+    const uint32_t *from; // [units] unit of host, or NOWHERE = left out
     const uint32_t *slot; // [units] unit of kv, each at most once
     const uint32_t *num;  // [1] how many of the listed are valid, or null = all
     uint32_t *fault;      // becomes 1 when a unit lies outside host or kv; it is not copied
@@ -34,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(256) fetch(const __grid_constant__ 
     for (uint32_t job = blockIdx.x * 8 + threadIdx.x / 32; job < units * parts; job += gridDim.x * 8) {
         const uint32_t unit = job / parts, first = job % parts * PART + lane;
         const uint32_t from = p.from[unit], slot = p.slot[unit];
+        if (from == NOWHERE) continue;
         if (from >= p.host_units || slot >= p.num_units) {
             *p.fault = 1;
             continue;

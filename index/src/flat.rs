@@ -58,6 +58,8 @@ impl Flat {
         let mut from = Reader::new(bytes, Kind::Flat)?;
         let pages = Pages::read_from(&mut from)?;
         from.finish()?;
+        let at_home = |(page, &entry): (usize, &u32)| entry == u32::MAX || entry as usize == page;
+        from.check(pages.entry_of.iter().enumerate().all(at_home), "a page away from its entry")?;
         Ok(Self { isa: Isa::detect(), pages })
     }
 
@@ -66,10 +68,10 @@ impl Flat {
         Self { isa, pages }
     }
 
-    /// An empty entry at the end of the page blocks, or one freed by removal.
+    /// An empty entry at the end of the page blocks, or one freed by removal: page `i` has entry `i`.
     fn next_entry(&mut self) -> usize {
         if let Some(&page) = self.pages.free.last() {
-            return self.pages.entry_of[page as usize] as usize;
+            return page as usize;
         }
         let used = self.pages.num_pages();
         if used == self.pages.blocks.count.len() {

@@ -39,6 +39,7 @@ pub use icecache::Icecache;
 pub use index::{
     Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
 };
+pub use pages::ROTATION_SEED;
 pub use rotate::{DIM_MAX, Rotation};
 pub use scratch::Scratch;
 pub use tokens::FlatTokens;

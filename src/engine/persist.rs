@@ -21,6 +21,9 @@ pub const SEQUENCE_KIND: &str = "floe-sequence/1";
 pub struct SavedSequence {
     /// [`SEQUENCE_KIND`].
     pub kind: String,
+    /// Name of the model; empty when the engine was given none.
+    #[serde(default)]
+    pub model: String,
     /// Layers of the model.
     pub num_layers: usize,
     /// Query heads of a layer.
@@ -49,6 +52,7 @@ impl SavedSequence {
     fn of(config: &Config, sequence: &Sequence) -> Self {
         Self {
             kind: SEQUENCE_KIND.into(),
+            model: config.model.clone(),
             num_layers: config.num_layers,
             num_q_heads: config.heads.num_q_heads(),
             num_kv_heads: config.heads.num_kv_heads(),
@@ -83,7 +87,10 @@ impl SavedSequence {
     }
 
     fn check(&self, config: &Config, path: &Path) -> Result<()> {
+        let named = !self.model.is_empty() && !config.model.is_empty();
+        let model = if named { &self.model } else { &config.model };
         let own = [
+            ("model", model.clone(), config.model.clone()),
             ("num_layers", self.num_layers.to_string(), config.num_layers.to_string()),
             ("num_q_heads", self.num_q_heads.to_string(), config.heads.num_q_heads().to_string()),
             ("num_kv_heads", self.num_kv_heads.to_string(), config.heads.num_kv_heads().to_string()),
@@ -156,7 +163,7 @@ impl Engine {
         let file = PageFile::open(storage, path)?;
         let saved = SavedSequence::read(&file, path)?;
         saved.check(&self.config, path)?;
-        let mut sequence = Sequence::new(&self.config)?;
+        let mut sequence = Sequence::new(&self.config, &self.memory)?;
         let num_kv_heads = self.config.heads.num_kv_heads();
         let num_shards = saved.published.len();
         let mut slabs: Vec<Vec<(u32, Arc<dyn LentSlab>)>> = vec![Vec::new(); num_shards];
@@ -179,7 +186,7 @@ impl Engine {
             layer.num_tokens = saved.num_tokens[shard / num_kv_heads];
             let parts = &mut layer.shards[shard % num_kv_heads];
             let shape = parts.pages.shape();
-            parts.pages = ShardPages::from_lent(shape, slabs)
+            parts.pages = ShardPages::from_lent(shape, &self.memory, slabs)
                 .ok_or_else(|| format("slabs", format!("shard {shard}: a slab has the wrong size")))?;
             let (rows, published) = (parts.pages.num_tokens(), saved.published[shard]);
             if rows != layer.num_tokens || published > rows {

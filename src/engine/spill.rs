@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use super::Engine;
+use crate::attend::AttentionBackend;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ids::SeqId;
+use crate::page::WarmMemory;
 use crate::page::cold::{BATCH_SLABS, ColdReport, ColdTier, SpillSlab, Spilled};
 use crate::page::file::{FsStorage, SlabName, Storage};
 
@@ -28,8 +30,24 @@ fn open_on(storage: Arc<dyn Storage>, config: &Config) -> Result<Option<ColdTier
     if !cold.folder.is_dir() {
         return Err(Error::config("cold.folder", cold.folder.display(), "must be a folder that exists"));
     }
-    let tier = ColdTier::open(storage, &cold.folder, cold.warm_limit_bytes);
+    let Some(limit) = config.warm_limit_bytes else {
+        return Err(Error::config(
+            "warm_limit_bytes",
+            "none",
+            "must be set for a cold tier to have something to do",
+        ));
+    };
+    let tier = ColdTier::open(storage, &cold.folder, limit);
     tier.map(Some).map_err(|e| Error::Pool { threads: 1, reason: e.to_string() })
+}
+
+/// Slabs as the backend wants them. The limit is a hard one where nothing can be written out.
+pub(super) fn warm_memory(config: &Config, backend: &dyn AttentionBackend) -> WarmMemory {
+    let limit_bytes = match &config.cold {
+        None => config.warm_limit_bytes.unwrap_or(usize::MAX),
+        Some(_) => usize::MAX,
+    };
+    WarmMemory::new(backend.slab_source(), limit_bytes)
 }
 
 /// Whether a call may wait for the disk.
@@ -49,6 +67,7 @@ impl Engine {
     pub fn open_on(storage: Arc<dyn Storage>, config: Config) -> Result<Self> {
         let cold = open_on(storage, &config)?;
         let mut engine = Self::open(Config { cold: None, ..config.clone() })?;
+        engine.memory = warm_memory(&config, &*engine.backend);
         (engine.config, engine.cold) = (config, cold);
         Ok(engine)
     }
@@ -62,8 +81,7 @@ impl Engine {
     /// Warm bytes of all sequences; what forks share counts once.
     #[must_use]
     pub fn warm_bytes(&self) -> usize {
-        let shards = self.sequences.values().flat_map(|s| &s.layers).flat_map(|l| &l.shards);
-        shards.map(|shard| shard.pages.size_bytes()).sum()
+        self.memory.used_bytes()
     }
 
     /// Writes slabs out until warm memory is under its limit, as far as full slabs and working disks allow. A failed write

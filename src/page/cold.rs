@@ -12,8 +12,8 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
-use super::LentSlab;
 use super::file::{FileError, MappedSlab, PageFile, PageFileWriter, SlabName, Storage};
+use super::{LentSlab, OwnSlab};
 
 /// Batches that wait for the worker at most.
 const QUEUE_BATCHES: usize = 4;
@@ -26,9 +26,9 @@ pub(crate) trait SlabBytes: Send + Sync {
     fn bytes(&self) -> &[u8];
 }
 
-impl<E: bytemuck::Pod + Send + Sync> SlabBytes for Arc<[E]> {
+impl SlabBytes for Arc<OwnSlab> {
     fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(self)
+        OwnSlab::bytes(self)
     }
 }
 

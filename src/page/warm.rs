@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use super::cold::SlabBytes;
 use super::file::Damage;
-use super::{LentSlab, Slab};
+use super::{LentSlab, Slab, WarmMemory};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::shape::{KvDtype, PAGE_TOKENS, PageShape};
@@ -20,7 +20,8 @@ use crate::view::{Elems, TensorView};
 /// Pages of one allocation: 16 pages of 16 tokens are 128 KiB at d = 128 bf16, small enough that a short sequence over
 /// 256 shards wastes little, long enough to stream.
 const SLAB_PAGES: usize = 16;
-const SLAB_ROWS: usize = SLAB_PAGES * PAGE_TOKENS;
+/// Rows of one slab: row `r` of a shard is row `r % SLAB_ROWS` of slab `r / SLAB_ROWS`.
+pub const SLAB_ROWS: usize = SLAB_PAGES * PAGE_TOKENS;
 
 /// Rows of one element type, `[num_rows, 2, head_dim]` over slabs. Growth never moves a stored row.
 #[derive(Clone, Debug)]
@@ -28,24 +29,26 @@ pub struct PageSlabs<E> {
     head_dim: usize,
     slabs: Vec<Slab<E>>,
     num_rows: usize,
+    memory: WarmMemory,
 }
 
 impl<E: KvElem> PageSlabs<E> {
-    fn new(head_dim: usize) -> Self {
-        Self { head_dim, slabs: Vec::new(), num_rows: 0 }
+    fn new(head_dim: usize, memory: WarmMemory) -> Self {
+        Self { head_dim, slabs: Vec::new(), num_rows: 0, memory }
     }
 
     fn append<S: KvElem>(&mut self, k: &[S], v: &[S]) -> Result<()> {
         let row_elems = 2 * self.head_dim;
         if self.num_rows == self.slabs.len() * SLAB_ROWS {
-            self.slabs.push(Slab::zeroed(SLAB_ROWS * row_elems));
+            self.slabs.push(Slab::allocate(&self.memory, SLAB_ROWS * row_elems)?);
         }
         if let Slab::Lent(lent) = &self.slabs[self.num_rows / SLAB_ROWS] {
             // It is about to be copied.
             lent.verify(u16::MAX)?;
         }
         let start = self.num_rows % SLAB_ROWS * row_elems;
-        let slab = self.slabs[self.num_rows / SLAB_ROWS].elems_mut(SLAB_ROWS * row_elems);
+        let slab = &mut self.slabs[self.num_rows / SLAB_ROWS];
+        let slab = slab.elems_mut(&self.memory, SLAB_ROWS * row_elems)?;
         append_kv(k, v, self.head_dim, &mut slab[start..start + row_elems])?;
         self.num_rows += 1;
         Ok(())
@@ -117,13 +120,19 @@ macro_rules! with_rows {
 pub(crate) use with_rows;
 
 impl ShardPages {
-    /// No rows yet.
+    /// No rows yet; slabs will be ordinary host memory.
     #[must_use]
     pub fn new(shape: PageShape) -> Self {
+        Self::with_memory(shape, &WarmMemory::default())
+    }
+
+    /// No rows yet; slabs will come from `memory`.
+    #[must_use]
+    pub fn with_memory(shape: PageShape, memory: &WarmMemory) -> Self {
         match shape.dtype() {
-            KvDtype::Bf16 => Self::Bf16(PageSlabs::new(shape.head_dim())),
-            KvDtype::F16 => Self::F16(PageSlabs::new(shape.head_dim())),
-            KvDtype::F32 => Self::F32(PageSlabs::new(shape.head_dim())),
+            KvDtype::Bf16 => Self::Bf16(PageSlabs::new(shape.head_dim(), memory.clone())),
+            KvDtype::F16 => Self::F16(PageSlabs::new(shape.head_dim(), memory.clone())),
+            KvDtype::F32 => Self::F32(PageSlabs::new(shape.head_dim(), memory.clone())),
         }
     }
 
@@ -169,6 +178,31 @@ impl ShardPages {
         (rows, with_rows!(self, rows => bytemuck::cast_slice(rows.slabs[slab].elems())))
     }
 
+    /// Address of row 0 of a slab for the device of the backend that supplied the memory; row `i` of the slab follows at `i`
+    /// times the row's bytes. `None` when there is no such slab or the device cannot read it: rows of a mapped file
+    /// have to be brought to it through the host, or made warm with [`Self::make_warm`].
+    #[must_use]
+    pub fn device_address(&self, slab: usize) -> Option<u64> {
+        with_rows!(self, rows => rows.slabs.get(slab).and_then(Slab::device_address))
+    }
+
+    /// Copies a slab that lies in a mapped file, checked, into memory of the shard's own source. One that does already stays.
+    ///
+    /// # Errors
+    /// When the file's pages are damaged or the source has no memory left.
+    ///
+    /// # Panics
+    /// When there is no such slab.
+    pub fn make_warm(&mut self, slab: usize) -> Result<()> {
+        with_rows!(self, rows => {
+            if let Slab::Lent(lent) = &rows.slabs[slab] {
+                lent.verify(u16::MAX)?;
+                rows.slabs[slab] = rows.slabs[slab].copied(&rows.memory, SLAB_ROWS * 2 * rows.head_dim)?;
+            }
+        });
+        Ok(())
+    }
+
     /// Slab that holds a page.
     pub(crate) const fn slab_of_page(page: u32) -> usize {
         page as usize / SLAB_PAGES
@@ -183,7 +217,7 @@ impl ShardPages {
     /// Rows of a slab of our own and a handle that keeps its bytes alive and unchanged.
     pub(crate) fn slab_owner(&self, slab: usize) -> Option<(u32, Box<dyn SlabBytes>)> {
         with_rows!(self, rows => match &rows.slabs[slab] {
-            Slab::Own(own) => Some((SLAB_ROWS as u32, Box::new(own.clone()))),
+            Slab::Own(own) => Some((SLAB_ROWS as u32, Box::new(own.owner().clone()))),
             Slab::Lent(_) => None,
         })
     }
@@ -199,14 +233,18 @@ impl ShardPages {
     }
 
     /// Rows in memory that others own, slab after slab with the rows filled in each; `None` when a size does not fit.
-    pub(crate) fn from_lent(shape: PageShape, slabs: Vec<(u32, Arc<dyn LentSlab>)>) -> Option<Self> {
+    pub(crate) fn from_lent(
+        shape: PageShape,
+        memory: &WarmMemory,
+        slabs: Vec<(u32, Arc<dyn LentSlab>)>,
+    ) -> Option<Self> {
         let last = slabs.len().saturating_sub(1);
         let fits = slabs.iter().enumerate().all(|(i, (rows, slab))| {
             let rows = *rows as usize;
             let full = if i < last { rows == SLAB_ROWS } else { rows > 0 && rows <= SLAB_ROWS };
             full && slab.bytes().len() == rows.div_ceil(PAGE_TOKENS) * shape.page_bytes()
         });
-        let mut pages = Self::new(shape);
+        let mut pages = Self::with_memory(shape, memory);
         with_rows!(&mut pages, own => {
             own.num_rows = slabs.iter().map(|(rows, _)| *rows as usize).sum();
             own.slabs = slabs.into_iter().map(|(_, slab)| Slab::Lent(slab)).collect();
@@ -232,7 +270,8 @@ impl ShardPages {
     /// Appends head `head` of every token of `k` and `v`, `[tokens, heads, head_dim]` of the same shape.
     ///
     /// # Errors
-    /// When the element types or sizes differ, or when the last page comes from a file and is damaged.
+    /// When the element types or sizes differ, when the last page comes from a file and is damaged, or when there is no memory
+    /// for another slab. Tokens before the one that failed are then stored.
     pub fn append(&mut self, k: &TensorView<'_>, v: &TensorView<'_>, head: usize) -> Result<()> {
         for token in 0..k.shape()[0] {
             let (k, v) = (k.row(token, head), v.row(token, head));

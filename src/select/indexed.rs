@@ -103,13 +103,13 @@ impl Selector for Indexed {
         Ok(())
     }
 
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
         if num_tokens < self.published {
             let gone: Vec<u32> = (num_tokens.max(self.sinks)..self.published).collect();
             self.index.remove(&gone)?;
             self.published = num_tokens;
         }
-        Ok(())
+        Ok(self.published)
     }
 
     fn select(
@@ -142,10 +142,6 @@ impl Selector for Indexed {
         let state = TailOut { out: out.out, lse: out.lse };
         self.index.tail(&query, &scratch.exclude, &scratch.found, &mut scratch.index, state)?;
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
-    }
-
-    fn reads_rows(&self) -> bool {
-        false
     }
 
     fn fork(&self) -> Result<Box<dyn Selector>> {

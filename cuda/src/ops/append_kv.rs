@@ -23,8 +23,13 @@ pub struct NewRows<'a, E> {
     pub k: DevRef<'a, E>,
     /// Values [rows, head_dim]; device.
     pub v: DevRef<'a, E>,
-    /// Row of `kv` for each, none twice, `[rows]`; device.
+    /// Row of `kv` for each, none twice, or [`NewRows::NOWHERE`] to leave it out, `[rows]`; device.
     pub to: DevRef<'a, u32>,
+}
+
+impl<E> NewRows<'_, E> {
+    /// Place of a row that is not written: of a sequence that is absent this step.
+    pub const NOWHERE: u32 = u32::MAX;
 }
 
 /// Writes new keys and values as rows of `kv` [num_rows, 2, head_dim], bit for bit. `head_dim` is a multiple of 8.

@@ -30,12 +30,17 @@ struct FetchParams {
 pub struct Fetch<'a, E> {
     /// [host_units, rows of a unit, 2, head_dim] E; host-mapped.
     pub host: DevRef<'a, E>,
-    /// Units of `host`, `[units]`; device.
+    /// Units of `host`, or [`Fetch::NOWHERE`] to leave one out, `[units]`; device.
     pub from: DevRef<'a, u32>,
     /// Units of `kv`, none twice, `[units]`; device.
     pub slot: DevRef<'a, u32>,
     /// How many of the listed units count, one word; device. `None`: all.
     pub num: Option<DevRef<'a, u32>>,
+}
+
+impl<E> Fetch<'_, E> {
+    /// Source of a unit that is not copied.
+    pub const NOWHERE: u32 = u32::MAX;
 }
 
 /// Copies pages of 16 rows from host memory into slots of `kv` [num_rows, 2, head_dim]. One launch for all heads of a layer.

@@ -2,7 +2,7 @@
 
 use floe_cuda::device::{DeviceError, PinnedBuffer};
 use floe_cuda::ops::{Fetch, fetch_pages, fetch_rows};
-use floe_cuda::twin::device::fetch_units;
+use floe_cuda::twin::device::{self as twin, fetch_units};
 use half::bf16;
 
 use crate::rig::rig;
@@ -27,7 +27,10 @@ fn check(d: usize, rows: usize, units: usize) {
     let (host_units, slots) = (3 * units as u32 + 5, units as u32 + 9);
     let mut host = PinnedBuffer::<bf16>::zeros(&rig.device, host_units as usize * unit_len).unwrap();
     host.as_mut_slice().iter_mut().for_each(|x| *x = bf16::from_bits(random.bits() as u16));
-    let from = distinct(&mut random, host_units, units);
+    let mut from = distinct(&mut random, host_units, units);
+    if units > 1 {
+        from[units / 3] = twin::NOWHERE;
+    }
     let slot = distinct(&mut random, slots, units);
     let mut kv = vec![bf16::from_bits(0x7fc1); slots as usize * unit_len];
     let mut device_kv = rig.buffer(&kv);

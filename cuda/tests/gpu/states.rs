@@ -2,7 +2,7 @@
 
 use floe_cuda::StateRef;
 use floe_cuda::ops::{DevState, NewRows, append_kv, merge_states};
-use floe_cuda::twin::device::{append_rows, merge_parts};
+use floe_cuda::twin::device::{NOWHERE, append_rows, merge_parts};
 use half::{bf16, f16};
 
 use crate::rig::{Guarded, errors, rig};
@@ -77,7 +77,10 @@ fn append<E: floe_cuda::ops::DeviceElem>(d: usize, rows: usize) {
     let num_rows = 2 * rows + 3;
     let mut kv = elems(&mut random, num_rows * 2 * d);
     let mut device_kv = rig.buffer(&kv);
-    let to: Vec<u32> = (0..rows as u32).map(|i| (i * 5 + 3) % num_rows as u32).collect();
+    let mut to: Vec<u32> = (0..rows as u32).map(|i| (i * 5 + 3) % num_rows as u32).collect();
+    if rows > 1 {
+        to[rows / 2] = NOWHERE;
+    }
     let distinct: std::collections::BTreeSet<_> = to.iter().collect();
     assert_eq!(distinct.len(), rows, "rows must be distinct");
     append_rows(&k, &v, &to, &mut kv).unwrap();
