@@ -36,6 +36,8 @@ pub struct ColdConfig {
 /// `Engine::open`, which validates all of them.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Name of the model; a saved sequence says it, and one of another name is not restored. Empty = unnamed, any fits.
+    pub model: String,
     /// Attention layers of the model.
     pub num_layers: usize,
     /// Heads of every layer.
@@ -62,8 +64,8 @@ pub struct Config {
     /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
     /// is attended exactly over its span, whatever the policy. Empty = no layer is limited, else `[num_layers]`.
     pub spans: Vec<Option<usize>>,
-    /// Own worker threads; 0 = the rayon pool that the caller is in, else rayon's global one (one thread per core, or as
-    /// many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
+    /// Own worker threads; 0 = the rayon pool that the caller is in, else one that all engines of the process share (a
+    /// thread per core, or as many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
     pub threads: usize,
     /// Seed of everything random: projections, rotations, sampling.
     pub seed: u64,
@@ -74,6 +76,7 @@ impl Config {
     #[must_use]
     pub fn new(num_layers: usize, heads: HeadShape, kv_dtype: KvDtype) -> Self {
         Self {
+            model: String::new(),
             num_layers,
             heads,
             kv_dtype,

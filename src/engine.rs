@@ -1,11 +1,13 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
+mod crew;
 mod persist;
 mod prefill_attend;
 mod spill;
 
 use std::collections::HashMap;
 
+use crew::{Crew, on_threads};
 use spill::Patience;
 
 pub use persist::{SEQUENCE_KIND, SavedSequence};
@@ -82,7 +84,7 @@ pub struct Engine {
     sequences: HashMap<SeqId, Sequence>,
     next_seq: u64,
     /// Own threads; `None` = those of the caller.
-    pool: Option<rayon::ThreadPool>,
+    crew: Option<Crew>,
     workspaces: WorkspacePool,
     backend: Box<dyn AttentionBackend>,
     memory: WarmMemory,
@@ -97,14 +99,7 @@ impl Engine {
     /// [`Error::Config`] naming the field; [`Error::Pool`] when the threads cannot be started.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
-        let own_threads = || {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(config.threads)
-                .thread_name(|i| format!("floe-{i}"))
-                .build()
-                .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })
-        };
-        let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
+        let crew = if config.threads == 0 { None } else { Some(Crew::start(config.threads)?) };
         let cold = spill::open(&config)?;
         let backend: Box<dyn AttentionBackend> = Box::new(CpuBackend::detect());
         let memory = spill::warm_memory(&config, &*backend);
@@ -113,7 +108,7 @@ impl Engine {
             cold,
             sequences: HashMap::new(),
             next_seq: 0,
-            pool,
+            crew,
             workspaces: WorkspacePool::default(),
             memory,
             backend,
@@ -159,7 +154,7 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))?;
+        on_threads(self.crew.as_ref(), || prefill::append(shards, k, v))?;
         self.spill(Patience::Prefill);
         Ok(())
     }
@@ -218,7 +213,7 @@ impl Engine {
         };
         let stored = layer.num_tokens;
         let layers = &mut sequence.layers;
-        on_threads(self.pool.as_ref(), || {
+        on_threads(self.crew.as_ref(), || {
             let layer = &mut layers[step.layer.0];
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
@@ -241,7 +236,7 @@ impl Engine {
     pub fn publish(&mut self, seq: SeqId) -> Result<()> {
         use rayon::prelude::*;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
-        on_threads(self.pool.as_ref(), || {
+        on_threads(self.crew.as_ref(), || {
             sequence
                 .layers
                 .par_iter_mut()
@@ -408,14 +403,6 @@ pub struct SequenceMemory {
     pub hot_bytes: usize,
     /// Pins of the hot tier that were not handed back; between steps anything but 0 is a leak.
     pub hot_pins_out: usize,
-}
-
-/// Runs `work` on the engine's own threads, or on those that the caller is on.
-fn on_threads<R: Send>(pool: Option<&rayon::ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
-    match pool {
-        Some(pool) => pool.install(work),
-        None => work(),
-    }
 }
 
 fn check_rows(

@@ -85,14 +85,13 @@ impl Shard {
     /// Forgets the tokens at and after `num_tokens` in every part.
     pub(crate) fn truncate(&mut self, num_tokens: usize) -> Result<()> {
         if num_tokens < self.published {
-            self.selector_mut()?.truncate(num_tokens as u32)?;
+            self.published = self.selector_mut()?.truncate(num_tokens as u32)? as usize;
         }
         self.reuse.truncate(num_tokens as u32);
         if let Some(hot) = &mut self.hot {
             hot.truncate(num_tokens, &self.pages)?;
         }
         self.pages.truncate(num_tokens);
-        self.published = self.published.min(num_tokens);
         Ok(())
     }
 }

@@ -22,8 +22,8 @@ impl Selector for Dense {
         Ok(())
     }
 
-    fn truncate(&mut self, _num_tokens: TokenPos) -> Result<()> {
-        Ok(())
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
+        Ok(num_tokens)
     }
 
     fn select(

@@ -103,13 +103,13 @@ impl Selector for Indexed {
         Ok(())
     }
 
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
         if num_tokens < self.published {
             let gone: Vec<u32> = (num_tokens.max(self.sinks)..self.published).collect();
             self.index.remove(&gone)?;
             self.published = num_tokens;
         }
-        Ok(())
+        Ok(self.published)
     }
 
     fn select(

@@ -66,11 +66,12 @@ pub trait Selector: Send + Sync {
     /// When the index refuses the keys; the tokens then stay in the always-attended young region.
     fn publish(&mut self, pages: &ShardPages, tokens: Range<TokenPos>) -> Result<()>;
 
-    /// Forgets the published tokens at and after `num_tokens`.
+    /// Forgets the published tokens at and after `num_tokens`, or more, and returns how many it still knows; the others are
+    /// published again.
     ///
     /// # Errors
     /// When the index cannot remove them.
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()>;
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos>;
 
     /// Fills `selection.retrieved` with at most `request.budget` positions of `selection.candidates()`, ascending.
     ///

@@ -39,8 +39,8 @@ impl<E: KvElem> Selector for Quantised<E> {
         Ok(())
     }
 
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
-        Ok(self.rows.truncate((num_tokens as usize).min(self.rows.num_rows()))?)
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
+        Ok(self.rows.truncate((num_tokens as usize).min(self.rows.num_rows()))? as TokenPos)
     }
 
     fn select(

@@ -53,14 +53,14 @@ impl Selector for Quest {
         Ok(())
     }
 
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
         // The bounds of the page that is cut keep the removed tokens: they stay upper bounds, only looser.
         if num_tokens < self.published {
             let pages = (num_tokens as usize).div_ceil(PAGE_TOKENS);
             self.bounds.truncate(pages * 2 * self.head_dim);
             self.published = num_tokens;
         }
-        Ok(())
+        Ok(self.published)
     }
 
     fn select(
