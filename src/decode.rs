@@ -38,18 +38,17 @@ pub(crate) struct Workspace {
     guess: Vec<u32>,
 }
 
-/// Workspaces not in use. A stack rather than one per thread: a worker that waits inside the exact path may start on
-/// another head, which then needs a second workspace.
-#[derive(Default)]
-pub(crate) struct WorkspacePool(parking_lot::Mutex<Vec<Workspace>>);
+/// One workspace per kv head, so that each has grown after one step, whichever threads run the heads. The locks are never
+/// waited for: an engine takes one step at a time.
+pub(crate) struct Workspaces(Vec<parking_lot::Mutex<Workspace>>);
 
-impl WorkspacePool {
-    fn take(&self) -> Workspace {
-        self.0.lock().pop().unwrap_or_default()
+impl Workspaces {
+    pub(crate) fn new(num_kv_heads: usize) -> Self {
+        Self((0..num_kv_heads).map(|_| Default::default()).collect())
     }
 
-    fn put(&self, space: Workspace) {
-        self.0.lock().push(space);
+    fn of(&self, head: usize) -> parking_lot::MutexGuard<'_, Workspace> {
+        self.0[head].lock()
     }
 }
 
@@ -58,7 +57,7 @@ pub(crate) struct StepContext<'a> {
     pub(crate) config: &'a Config,
     pub(crate) backend: &'a dyn AttentionBackend,
     pub(crate) clock: &'a dyn Clock,
-    pub(crate) workspaces: &'a WorkspacePool,
+    pub(crate) workspaces: &'a Workspaces,
     pub(crate) layer: usize,
     pub(crate) scale: f32,
     /// Post-RoPE and, where the host gives them, pre-RoPE queries, `[1, num_q_heads, head_dim]`.
@@ -83,10 +82,8 @@ pub(crate) fn decode_layer(
         .zip(report.shards.par_iter_mut())
         .enumerate()
         .try_for_each(|(head, ((shard, out), report))| {
-            let mut space = step.workspaces.take();
-            let done = decode_shard(step, (head, shard, span), &mut space, out, report);
-            step.workspaces.put(space);
-            done
+            let mut space = step.workspaces.of(head);
+            decode_shard(step, (head, shard, span), &mut space, out, report)
         })
 }
 
@@ -261,16 +258,15 @@ pub(crate) fn prefetch_layer(step: &StepContext<'_>, layer: &mut LayerShards) ->
         if kind != PrefetchKind::Predicted {
             return shard.hot.as_mut().map_or(Ok(()), |hot| hot.prefetch(None, &shard.pages));
         }
-        let mut space = step.workspaces.take();
+        let mut space = step.workspaces.of(head);
         let mut guess = std::mem::take(&mut space.guess);
         guess.clear();
-        let guessed = guess_shard(step, (head, shard), &mut guess);
+        let guessed = guess_with(step, (head, shard), &mut space, &mut guess);
         let fetched = guessed.and_then(|()| match &mut shard.hot {
             Some(hot) => hot.prefetch(Some(&guess), &shard.pages),
             None => Ok(()),
         });
         space.guess = guess;
-        step.workspaces.put(space);
         fetched
     })
 }
@@ -281,15 +277,22 @@ pub(crate) fn guess_shard(
     (head, shard): (usize, &Shard),
     found: &mut Vec<u32>,
 ) -> Result<()> {
+    guess_with(step, (head, shard), &mut step.workspaces.of(head), found)
+}
+
+fn guess_with(
+    step: &StepContext<'_>,
+    (head, shard): (usize, &Shard),
+    space: &mut Workspace,
+    found: &mut Vec<u32>,
+) -> Result<()> {
     let heads = step.config.heads;
-    let mut space = step.workspaces.take();
     load_query(&step.q, head, heads.group(), &mut space.q);
     let query = GroupQuery { q: &space.q, group: heads.group(), scale: step.scale };
     space.state.reset(heads.group(), heads.head_dim());
     let scratch = (&mut space.attend, &mut space.select);
     let cost = select_sparse(step, &query, shard, (&mut space.selection, &mut space.state), scratch);
     found.extend_from_slice(&space.selection.retrieved);
-    step.workspaces.put(space);
     cost.map(|_| ())
 }
 

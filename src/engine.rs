@@ -15,7 +15,7 @@ pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
-use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard, prefetch_layer};
+use crate::decode::{StepContext, Workspaces, decode_layer, guess_shard, prefetch_layer};
 use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
@@ -84,7 +84,7 @@ pub struct Engine {
     next_seq: u64,
     /// Own threads; `None` = those of the caller.
     crew: Option<Crew>,
-    workspaces: WorkspacePool,
+    workspaces: Workspaces,
     backend: Box<dyn AttentionBackend>,
     memory: WarmMemory,
     clock: Box<dyn Clock>,
@@ -100,6 +100,7 @@ impl Engine {
         config.validate()?;
         let crew = if config.threads == 0 { None } else { Some(Crew::start(config.threads)?) };
         let cold = spill::open(&config)?;
+        let workspaces = Workspaces::new(config.heads.num_kv_heads());
         let backend: Box<dyn AttentionBackend> = Box::new(CpuBackend::detect());
         let memory = spill::warm_memory(&config, &*backend);
         Ok(Self {
@@ -108,7 +109,7 @@ impl Engine {
             sequences: HashMap::new(),
             next_seq: 0,
             crew,
-            workspaces: WorkspacePool::default(),
+            workspaces,
             memory,
             backend,
             clock: Box::new(SystemClock::start()),

@@ -82,6 +82,20 @@ pub enum Error {
     /// A cold page that is not what was written. It was not used.
     #[error(transparent)]
     Damage(#[from] crate::page::file::Damage),
+    /// The device, its driver, or what a device kernel refuses.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Device(#[from] floe_cuda::device::DeviceError),
+    /// Environment: no room in memory that was set aside for this.
+    #[error("{what}: {needed} needed, {free} free")]
+    NoRoom {
+        /// What ran out.
+        what: &'static str,
+        /// Units needed.
+        needed: usize,
+        /// Units free.
+        free: usize,
+    },
     /// Environment: the worker pool could not be started.
     #[error("worker pool of {threads} threads: {reason}")]
     Pool {
@@ -97,7 +111,13 @@ impl Error {
     #[must_use]
     pub fn is_environment(&self) -> bool {
         match self {
-            Self::Pool { .. } | Self::Offload(_) | Self::NoMemory(_) => true,
+            Self::Pool { .. } | Self::Offload(_) | Self::NoMemory(_) | Self::NoRoom { .. } => true,
+            #[cfg(feature = "cuda")]
+            Self::Device(error) => !matches!(
+                error,
+                floe_cuda::device::DeviceError::Unsupported { .. }
+                    | floe_cuda::device::DeviceError::Kernel(_)
+            ),
             Self::File(error) => error.is_environment(),
             _ => false,
         }

@@ -18,7 +18,7 @@ struct DecodeParams {
     const uint32_t *entries; // pages: slots; rows: rows; range: unused
     const uint16_t *masks;   // pages: bit r = row r of the page is attended; null = all; else unused
     const uint32_t *host_pages; // fetch: page of `host` that must be brought into the slot, or RESIDENT
-    const void *host;        // fetch: [host_pages, 16, 2, D] E in host-mapped memory
+    const void *host;        // fetch: [host_pages, 16, 2, D] E in host-mapped memory; pages and rows: [num_host, 16 or 1, 2, D] E, or null
     const uint4 *work;       // [blocks] (item, split, number of splits of the item, first partial state of the item)
     float *part_out;         // [partial states, group, D]
     float *part_lse;         // [partial states, group]
@@ -32,11 +32,15 @@ struct DecodeParams {
     uint32_t group;          // 1 to 16
     uint32_t num_rows;
     uint32_t num_entries;
-    uint32_t num_host_pages;
+    uint32_t num_host;       // pages or rows of `host`
     uint32_t splits;         // of every item, where all have as many: `work` is then not read; else 0
+    const float *join_out;   // [items, group, D] a state of other tokens, merged into the result; null = none
+    const float *join_lse;   // [items, group]
+    uint32_t late;           // 1: all but the state to join was there before the kernel launched just before this one
 };
 
 constexpr uint32_t RESIDENT = 0xffffffffu;
+constexpr uint32_t HOST_ENTRY = 0x80000000u; // of an entry of a list: the rest is a row or page of `host`
 
 enum class Source { Range, Pages, Rows, Fetch };
 
@@ -90,7 +94,8 @@ template <typename E, int D, Source S> struct Decode {
     __device__ __forceinline__ void check(TileSource &s) const {
         bool outside;
         if constexpr (S == Source::Rows) {
-            const uint32_t bad = __ballot_sync(~0u, s.entry >= p.num_rows) & 0xffffu;
+            const bool host = p.host && s.entry & HOST_ENTRY;
+            const uint32_t bad = __ballot_sync(~0u, host ? (s.entry & ~HOST_ENTRY) >= p.num_host : s.entry >= p.num_rows) & 0xffffu;
             s.mask &= ~bad;
             outside = bad != 0;
         } else if constexpr (S == Source::Range) {
@@ -99,8 +104,9 @@ template <typename E, int D, Source S> struct Decode {
             outside = (s.mask & ~inside) != 0;
             s.mask &= inside;
         } else {
-            outside = s.entry >= p.num_rows / TILE_ROWS;
-            if constexpr (S == Source::Fetch) outside |= s.host != RESIDENT && s.host >= p.num_host_pages;
+            const bool host = S == Source::Pages && p.host && s.entry & HOST_ENTRY;
+            outside = host ? (s.entry & ~HOST_ENTRY) >= p.num_host : s.entry >= p.num_rows / TILE_ROWS;
+            if constexpr (S == Source::Fetch) outside |= s.host != RESIDENT && s.host >= p.num_host;
             if (outside) s.mask = 0, s.host = RESIDENT;
         }
         if (outside && lane == 0) *p.fault = 1;
@@ -110,7 +116,11 @@ template <typename E, int D, Source S> struct Decode {
     __device__ __forceinline__ void load(const TileSource &s, uint32_t tile) const {
         const char *base = static_cast<const char *>(p.kv);
         uint32_t mask = s.mask;
-        if constexpr (S == Source::Pages || S == Source::Fetch) base += uint64_t(s.entry) * TILE_BYTES;
+        if constexpr (S == Source::Pages) {
+            if (p.host && s.entry & HOST_ENTRY) base = static_cast<const char *>(p.host) + uint64_t(s.entry & ~HOST_ENTRY) * TILE_BYTES;
+            else base += uint64_t(s.entry) * TILE_BYTES;
+        }
+        if constexpr (S == Source::Fetch) base += uint64_t(s.entry) * TILE_BYTES;
         if constexpr (S == Source::Range) base += uint64_t(s.entry) * ROW_BYTES;
         if constexpr (S == Source::Fetch) {
             if (s.host != RESIDENT) {
@@ -123,7 +133,10 @@ template <typename E, int D, Source S> struct Decode {
             const int at = i * 32 + lane, row = at / PIECES, piece = at % PIECES;
             const char *from;
             if constexpr (S == Source::Rows) {
-                from = base + uint64_t(__shfl_sync(~0u, s.entry, row)) * ROW_BYTES + piece * 16;
+                const uint32_t entry = __shfl_sync(~0u, s.entry, row);
+                const bool host = p.host && entry & HOST_ENTRY;
+                from = host ? static_cast<const char *>(p.host) + uint64_t(entry & ~HOST_ENTRY) * ROW_BYTES + piece * 16
+                            : base + uint64_t(entry) * ROW_BYTES + piece * 16;
             } else {
                 from = base + at * 16;
             }
@@ -155,13 +168,29 @@ template <typename E, int D, Source S> struct Decode {
         return min_nan(s * LOG2E, 3.4028234e38f);
     }
 
+    // Writes four elements of the result of head `g`, `at` counting from the item's first, joined with the other state.
+    __device__ __forceinline__ void finish(uint32_t item, int g, int at, float4 x, float lse) const {
+        if (p.join_out) {
+            const float other = __ldcg(p.join_lse + item * p.group + g), high = fmaxf(lse, other);
+            if (other > -INFINITY) {
+                const float4 y = __ldcg(reinterpret_cast<const float4 *>(p.join_out + uint64_t(item) * p.group * D) + at);
+                const float mine = expf(lse - high), its = expf(other - high), inverse = 1.f / (mine + its);
+                const float a = mine * inverse, b = its * inverse;
+                x = {a * x.x + b * y.x, a * x.y + b * y.y, a * x.z + b * y.z, a * x.w + b * y.w};
+                lse = high + logf(mine + its);
+            }
+        }
+        reinterpret_cast<float4 *>(p.out + uint64_t(item) * p.group * D)[at] = x;
+        if (at % (D / 4) == 0) p.lse[item * p.group + g] = lse;
+    }
+
     __device__ void run();
 };
 
 template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
     extern __shared__ __align__(128) char smem[];
     __shared__ float warp_max[WARPS][16], warp_sum[WARPS][16];
-    __shared__ uint32_t last;
+    __shared__ float whole_lse[16];
     const int warp = threadIdx.x / 32;
     const uint32_t item_if_uniform = blockIdx.x / max(p.splits, 1u);
     const uint4 work = p.splits ? uint4{item_if_uniform, blockIdx.x % p.splits, p.splits, item_if_uniform * p.splits}
@@ -352,9 +381,10 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
         if (head + 8 < int(p.group)) *reinterpret_cast<float2 *>(mine_o + (head + 8) * D + j * 8 + pair) = {o[j][2], o[j][3]};
     }
     __syncthreads();
-    const uint64_t state = splits == 1 ? item : work.w + split;
-    float *out = (splits == 1 ? p.out : p.part_out) + state * p.group * D;
-    float *lse = (splits == 1 ? p.lse : p.part_lse) + state * p.group;
+    if (splits == 1 && p.late) wait_for_earlier();
+    const uint64_t state = work.w + split;
+    float *out = p.part_out + state * p.group * D;
+    float *lse = p.part_lse + state * p.group;
     for (int at = threadIdx.x; at < int(p.group) * D / 4; at += WARPS * 32) {
         const int g = at / (D / 4);
         float high = -INFINITY;
@@ -373,18 +403,19 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
             const float inverse = 1.f / total;
             x.x *= inverse, x.y *= inverse, x.z *= inverse, x.w *= inverse;
         }
+        const float sum_lse = high > -INFINITY ? high * LN2 + logf(total) : -INFINITY;
+        if (splits == 1) {
+            finish(item, g, at, x, sum_lse);
+            continue;
+        }
         reinterpret_cast<float4 *>(out)[at] = x;
-        if (at % (D / 4) == 0) lse[g] = high > -INFINITY ? high * LN2 + logf(total) : -INFINITY;
+        if (at % (D / 4) == 0) lse[g] = sum_lse;
     }
     if (splits == 1) return;
 
     // The last block of the item to arrive joins its splits in their order.
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(p.arrived + item, splits - 1) == splits - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
+    if (!last_to_arrive(p.arrived + item, splits)) return;
+    if (p.late) wait_for_earlier();
     float *weights = reinterpret_cast<float *>(smem); // [splits, group]
     const float *part_lse = p.part_lse + uint64_t(work.w) * p.group;
     for (int g = warp; g < int(p.group); g += WARPS) {
@@ -400,11 +431,10 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
         for (int x = 16; x; x /= 2) total += __shfl_xor_sync(~0u, total, x);
         const float inverse = total > 0 ? 1.f / total : 0.f;
         for (uint32_t s = lane; s < splits; s += 32) weights[s * p.group + g] *= inverse;
-        if (lane == 0) p.lse[item * p.group + g] = high == -INFINITY ? high : high + logf(total);
+        if (lane == 0) whole_lse[g] = high == -INFINITY ? high : high + logf(total);
     }
     __syncthreads();
     const float4 *parts = reinterpret_cast<const float4 *>(p.part_out + uint64_t(work.w) * p.group * D);
-    float4 *to = reinterpret_cast<float4 *>(p.out + uint64_t(item) * p.group * D);
     const int width = p.group * D / 4;
     for (int at = threadIdx.x; at < width; at += WARPS * 32) {
         const int g = at / (D / 4);
@@ -415,13 +445,15 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
             const float4 y = __ldcg(parts + uint64_t(s) * width + at);
             x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
         }
-        to[at] = x;
+        finish(item, g, at, x, whole_lse[g]);
     }
 }
 
 #define FLOE_DECODE(NAME, TYPE, SUFFIX, D, SOURCE)                                                                            \
     extern "C" __global__ void __launch_bounds__(floe::warps_of<D>() * 32, 2)                                                 \
         NAME##_##SUFFIX##_d##D(const __grid_constant__ floe::DecodeParams p) {                                                \
+        if (!p.late) floe::wait_for_earlier();                                                                                \
+        floe::let_next_start();                                                                                               \
         floe::Decode<TYPE, D, SOURCE> decode{p, 0, 0, int(threadIdx.x % 32)};                                                 \
         decode.run();                                                                                                         \
     }

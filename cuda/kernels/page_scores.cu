@@ -110,6 +110,8 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const S
 #define PAGE_SCORES(TYPE, SUFFIX, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(floe::SCORE_WARPS * 32)                                                      \
         page_scores_##SUFFIX##_d##D(const __grid_constant__ floe::ScoreParams p) {                                            \
+        floe::wait_for_earlier();                                                                                             \
+        floe::let_next_start();                                                                                               \
         floe::page_scores<TYPE, D>(p);                                                                                        \
     }
 

@@ -89,6 +89,32 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return r;
 }
 
+// Waits until the kernels before this one in the stream are done and their writes are seen. Every kernel that may be launched
+// before its predecessor is done (`Launch::early`) calls it before it touches memory that another kernel writes or reads.
+__device__ __forceinline__ void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start: its blocks take their places and wait.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Whether this block is the last of `blocks` to get here; then it sees what the others wrote. `arrived` is zero before and after.
+__device__ __forceinline__ bool last_to_arrive(uint32_t *arrived, uint32_t blocks) {
+    __shared__ uint32_t last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(arrived, blocks - 1) == blocks - 1;
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
 // Maximum over the four lanes that hold one row of an accumulator.
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));

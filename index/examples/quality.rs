@@ -260,8 +260,8 @@ fn main() {
             mean(2),
             mean(3) / 1e3
         );
-        for i in 0..2 {
-            spent[i] += mean(i);
+        for (i, spent) in spent.iter_mut().enumerate() {
+            *spent += mean(i);
         }
         traces += 1.0;
         let memory = index.memory();

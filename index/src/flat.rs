@@ -11,10 +11,11 @@ use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Members, Pages, Removed};
 use crate::scratch::Scratch;
-use crate::search::{Pass, tail};
+use crate::search::Pass;
 use crate::simd::Isa;
 use crate::sketch::SketchConfig;
 use crate::snapshot::{Kind, Reader, Writer};
+use crate::tail::tail;
 
 /// See the module documentation.
 #[derive(Clone, Debug)]

@@ -18,6 +18,7 @@ mod index;
 mod keys16;
 mod pages;
 mod quant;
+mod refine;
 mod rotate;
 mod rows;
 mod scratch;
@@ -25,6 +26,7 @@ mod search;
 pub mod simd;
 pub mod sketch;
 mod snapshot;
+mod tail;
 mod tokens;
 mod topk;
 
@@ -37,6 +39,7 @@ pub use icecache::Icecache;
 pub use index::{
     Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
 };
+pub use pages::ROTATION_SEED;
 pub use rotate::{DIM_MAX, Rotation};
 pub use scratch::Scratch;
 pub use tokens::FlatTokens;

@@ -14,8 +14,8 @@ use crate::index::{KeyId, MAX_DIM, MemoryReport};
 use crate::sketch::{EncodeScratch, Sketch, SketchConfig};
 use crate::snapshot::{Reader, Writer};
 
-/// One rotation for all shards: it only has to be unrelated to the data.
-const ROTATION_SEED: u64 = 0x666c_6f65;
+/// Seed of the one rotation of all shards' sketches: it only has to be unrelated to the data.
+pub const ROTATION_SEED: u64 = 0x666c_6f65;
 
 /// Tokens of one future page, in the frame.
 #[derive(Clone, Copy, Debug)]

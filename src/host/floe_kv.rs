@@ -1,7 +1,9 @@
 //! The floe engine as a KV backend.
 
+use std::path::Path;
+
 use super::backend::{AttendArgs, KvBackend, Phase};
-use super::{HostResult, ModelConfig};
+use super::{HostError, HostResult, ModelConfig};
 use crate::config::Config;
 use crate::engine::{DecodeStep, Engine, PrefillStep, SequenceMemory};
 use crate::ids::{LayerId, SeqId};
@@ -68,6 +70,40 @@ impl FloeBackend {
     /// As [`Engine::publish`].
     pub fn publish(&mut self) -> HostResult<()> {
         Ok(self.engine.publish(self.seq)?)
+    }
+
+    /// The engine's configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        self.engine.config()
+    }
+
+    /// Writes the sequence to `path`, index included; see [`Engine::save`]. Returns its bytes.
+    ///
+    /// # Errors
+    /// As [`Engine::save`].
+    pub fn save(&self, path: &Path) -> HostResult<u64> {
+        Ok(self.engine.save(self.seq, path)?)
+    }
+
+    /// Goes on with a saved sequence in place of the own one; see [`Engine::restore`]. The own one is kept when the file
+    /// is refused.
+    ///
+    /// # Errors
+    /// As [`Engine::restore`]; [`HostError::Backend`] for a sequence that was saved in the middle of a forward pass.
+    pub fn load(&mut self, path: &Path) -> HostResult<()> {
+        let seq = self.engine.restore(path)?;
+        let tokens = (0..self.num_layers)
+            .map(|layer| self.engine.num_tokens(seq, LayerId(layer)))
+            .collect::<crate::Result<Vec<_>>>()?;
+        if tokens.iter().any(|of_layer| *of_layer != tokens[0]) {
+            self.engine.close(seq)?;
+            let reason = format!("{}: layers hold different numbers of tokens", path.display());
+            return Err(HostError::Backend(reason));
+        }
+        self.engine.close(std::mem::replace(&mut self.seq, seq))?;
+        self.num_tokens = tokens[0];
+        Ok(())
     }
 
     /// What the decode steps read so far.

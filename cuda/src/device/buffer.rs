@@ -230,6 +230,54 @@ impl<T: Pod> DeviceBuffer<T> {
             .named("cuMemcpyHtoDAsync")
     }
 
+    /// Queues an overwrite of the elements from `start` on. `data` has been taken when this returns.
+    ///
+    /// # Errors
+    /// A range that leaves the buffer; what the driver reports.
+    pub fn write_async(&mut self, start: usize, data: &[T], stream: &Stream) -> Result<(), DeviceError> {
+        check_range(&(start..start.saturating_add(data.len())), self.len)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let address = self.address + (start * size_of::<T>()) as u64;
+        // SAFETY: the range was checked; the driver stages pageable memory before it returns, and refuses to in a capture.
+        unsafe { result::memcpy_htod_async(address, data, stream.raw()) }.named("cuMemcpyHtoDAsync")
+    }
+
+    /// Queues a copy of elements `from` to those from `to` on; the two do not overlap.
+    ///
+    /// # Errors
+    /// Ranges that leave the buffer or overlap; what the driver reports.
+    pub fn copy_within(&mut self, from: Range<usize>, to: usize, stream: &Stream) -> Result<(), DeviceError> {
+        let target = to..to.saturating_add(from.len());
+        check_range(&from, self.len)?;
+        check_range(&target, self.len)?;
+        if from.start < target.end && target.start < from.end {
+            let expected = "a range that does not overlap its source";
+            return Err(DeviceError::Unsupported { field: "to", value: to, expected });
+        }
+        self.device.bind()?;
+        let size = size_of::<T>();
+        let at = |element: usize| self.address + (element * size) as u64;
+        // SAFETY: both ranges lie in the allocation and do not overlap.
+        unsafe { result::memcpy_dtod_async(at(to), at(from.start), from.len() * size, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
+    }
+
+    /// Queues a fill of a range with one byte.
+    ///
+    /// # Errors
+    /// A range that leaves the buffer; what the driver reports.
+    pub fn fill_range(&mut self, range: Range<usize>, byte: u8, stream: &Stream) -> Result<(), DeviceError> {
+        check_range(&range, self.len)?;
+        self.device.bind()?;
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        // SAFETY: the range lies in the allocation.
+        unsafe { result::memset_d8_async(address, byte, range.len() * size_of::<T>(), stream.raw()) }
+            .named("cuMemsetD8Async")
+    }
+
     /// Queues a fill with one byte.
     ///
     /// # Errors

@@ -80,7 +80,73 @@ impl Device {
     }
 }
 
+/// What a launch on a Hopper device may ask for beside its size. Elsewhere it means nothing: the code for other devices neither waits
+/// for its predecessor by itself nor knows of clusters.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Together {
+    /// Thread blocks in z.
+    pub layers: u32,
+    /// Blocks in x that share their memory; 1 = none do.
+    pub cluster: u32,
+}
+
+impl Device {
+    /// Whether kernels run as their code for Hopper.
+    pub(crate) fn is_hopper(&self) -> bool {
+        self.properties().capability == (9, 0)
+    }
+}
+
 impl Kernel {
+    /// As [`Kernel::launch`]; on Hopper the kernel's blocks take their places before its predecessor in the stream is done, and
+    /// wait for it themselves.
+    ///
+    /// # Safety
+    /// - As for [`Kernel::launch`].
+    /// - The kernel calls `wait_for_earlier` before it touches memory that an earlier one writes or reads.
+    pub(crate) unsafe fn launch_early<P>(
+        self,
+        stream: &Stream,
+        launch: Launch,
+        together: Together,
+        params: &P,
+    ) -> Result<(), DeviceError> {
+        if launch.blocks.0 == 0 || launch.blocks.1 == 0 || together.layers == 0 {
+            return Ok(());
+        }
+        stream.device().bind()?;
+        let hopper = stream.device().is_hopper();
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let early = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+        let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: together.cluster, y: 1, z: 1 };
+        let mut attributes = [
+            attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, early),
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                sys::CUlaunchAttributeValue { clusterDim: cluster },
+            ),
+        ];
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.blocks.0,
+            gridDimY: launch.blocks.1,
+            gridDimZ: together.layers,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: stream.raw(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: if hopper { if together.cluster > 1 { 2 } else { 1 } } else { 0 },
+        };
+        let mut pointers = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // SAFETY: the caller vouches for the parameters; the driver copies them, and the configuration, before it returns.
+        unsafe {
+            sys::cuLaunchKernelEx(&raw const config, self.0, pointers.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+        .named("cuLaunchKernelEx")
+    }
+
     /// Queues the kernel with one parameter struct, passed by value. No blocks: nothing to do.
     ///
     /// # Safety

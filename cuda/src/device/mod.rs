@@ -18,5 +18,5 @@ pub use buffer::{DevMut, DevRef, DeviceBuffer, PinnedBuffer};
 pub use context::{Device, Properties};
 pub use error::DeviceError;
 pub use graph::Graph;
-pub(crate) use kernels::Launch;
+pub(crate) use kernels::{Launch, Together};
 pub use stream::{Event, Stream};

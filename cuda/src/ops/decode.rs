@@ -2,8 +2,9 @@
 
 use super::plan::DecodePlan;
 use super::{DeviceElem, PAGE_ROWS, check_aligned, word};
-use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream};
+use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream, Together};
 use crate::{AttendParams, KernelError};
+use half::bf16;
 
 /// Queries and rows of all items.
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +42,7 @@ impl<'a> Spans<'a> {
 
 /// What each item attends.
 #[derive(Debug, Clone, Copy)]
-pub enum Lists<'a> {
+pub enum Lists<'a, E = bf16> {
     /// Slots of pages.
     Pages {
         /// Which entries are an item's.
@@ -58,6 +59,38 @@ pub enum Lists<'a> {
         /// `[entries]` rows of `kv`; device.
         rows: DevRef<'a, u32>,
     },
+    /// Pages, some of them still in host memory, where they are read in place and left.
+    PagesAndHost {
+        /// Which entries are an item's.
+        spans: Spans<'a>,
+        /// `[entries]` slots, or [`HOST_ENTRY`] + a page of `host`; device.
+        slots: DevRef<'a, u32>,
+        /// As in [`Lists::Pages`].
+        masks: Option<DevRef<'a, u16>>,
+        /// [host_pages, 16, 2, head_dim] E; host-mapped.
+        host: DevRef<'a, E>,
+    },
+    /// Single rows, some of them still in host memory, where they are read in place and left.
+    RowsAndHost {
+        /// Which entries are an item's.
+        spans: Spans<'a>,
+        /// `[entries]` rows of `kv`, or [`HOST_ENTRY`] + a row of `host`; device.
+        rows: DevRef<'a, u32>,
+        /// [host_rows, 2, head_dim] E; host-mapped.
+        host: DevRef<'a, E>,
+    },
+}
+
+/// Marks an entry of a list that lies in host memory. Neither side may have that many rows or pages.
+pub const HOST_ENTRY: u32 = 1 << 31;
+
+/// The state of other tokens, merged into a result by the blocks that finish it: pairs of `out` and `lse`, shaped as the result.
+#[derive(Debug, Clone, Copy)]
+pub struct Join<'a> {
+    /// [items, group, head_dim]; device.
+    pub out: DevRef<'a, f32>,
+    /// [items, group]; device.
+    pub lse: DevRef<'a, f32>,
 }
 
 /// Pages of which some are still in host memory.
@@ -113,8 +146,11 @@ struct DecodeParams {
     group: u32,
     num_rows: u32,
     num_entries: u32,
-    num_host_pages: u32,
+    num_host: u32,
     splits: u32,
+    join_out: u64,
+    join_lse: u64,
+    late: u32,
 }
 
 /// Attention over the rows `first..end` of each item, which are contiguous.
@@ -142,18 +178,84 @@ pub fn sparse_decode<E: DeviceElem>(
     stream: &Stream,
     plan: &mut DecodePlan,
     args: &DecodeArgs<'_, E>,
-    lists: Lists<'_>,
+    lists: Lists<'_, E>,
     state: DevState<'_>,
 ) -> Result<(), DeviceError> {
-    match lists {
-        Lists::Pages { spans, slots, masks } => {
-            let mut params = prepare(stream, plan, args, spans, state)?;
+    queue_sparse(stream, plan, &SparseCall { args: *args, lists, join: None }, When::AfterEarlier, state)
+}
+
+/// Attention over lists, with what is to be joined to its result.
+#[derive(Debug, Clone, Copy)]
+pub struct SparseCall<'a, E> {
+    /// Queries and rows.
+    pub args: DecodeArgs<'a, E>,
+    /// What is attended.
+    pub lists: Lists<'a, E>,
+    /// The state of tokens that `lists` does not name.
+    pub join: Option<Join<'a>>,
+}
+
+/// As [`sparse_decode`], joined with another state in the same launch.
+///
+/// # Errors
+/// As [`dense_decode`].
+pub fn sparse_decode_joined<E: DeviceElem>(
+    stream: &Stream,
+    plan: &mut DecodePlan,
+    call: &SparseCall<'_, E>,
+    state: DevState<'_>,
+) -> Result<(), DeviceError> {
+    queue_sparse(stream, plan, call, When::AfterEarlier, state)
+}
+
+/// When attention may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum When {
+    /// When all earlier work is done.
+    AfterEarlier,
+    /// When the kernel queued just before has begun; all but the state to join was ready before that one began.
+    BesideLast,
+}
+
+pub(super) fn queue_sparse<E: DeviceElem>(
+    stream: &Stream,
+    plan: &mut DecodePlan,
+    call: &SparseCall<'_, E>,
+    when: When,
+    state: DevState<'_>,
+) -> Result<(), DeviceError> {
+    let (spans, host) = match call.lists {
+        Lists::Pages { spans, .. } | Lists::Rows { spans, .. } => (spans, None),
+        Lists::PagesAndHost { spans, host, .. } => (spans, Some((host, PAGE_ROWS))),
+        Lists::RowsAndHost { spans, host, .. } => (spans, Some((host, 1))),
+    };
+    let mut params = prepare(stream, plan, &call.args, spans, state)?;
+    params.late = u32::from(when == When::BesideLast);
+    if let Some(Join { out, lse }) = call.join {
+        out.check("join.out", plan.items * plan.group * plan.head_dim)?;
+        lse.check("join.lse", plan.items * plan.group)?;
+        check_aligned("join.out", out.address())?;
+        (params.join_out, params.join_lse) = (out.address(), lse.address());
+    }
+    if let Some((host, unit_rows)) = host {
+        let unit_len = unit_rows * 2 * plan.head_dim;
+        let num_host = host.len() / unit_len;
+        host.check("host", num_host * unit_len)?;
+        check_aligned("host", host.address())?;
+        params.host = host.address();
+        params.num_host = word("host", num_host)?;
+        let most = [("units of host", num_host), ("rows of kv", params.num_rows as usize)];
+        if let Some((field, value)) = most.into_iter().find(|(_, value)| *value > HOST_ENTRY as usize) {
+            return Err(DeviceError::Unsupported { field, value, expected: "at most 2^31" });
+        }
+    }
+    match call.lists {
+        Lists::Pages { slots, masks, .. } | Lists::PagesAndHost { slots, masks, .. } => {
             list_pages(&mut params, slots, masks)?;
             check_pages(params.num_rows)?;
             launch::<E>(stream, plan, "sparse_decode_pages", &params)
         }
-        Lists::Rows { spans, rows } => {
-            let mut params = prepare(stream, plan, args, spans, state)?;
+        Lists::Rows { rows, .. } | Lists::RowsAndHost { rows, .. } => {
             params.entries = rows.address();
             params.num_entries = word("rows", rows.len())?;
             launch::<E>(stream, plan, "sparse_decode_rows", &params)
@@ -184,7 +286,7 @@ pub fn fetch_attend<E: DeviceElem>(
     check_aligned("host", pages.host.address())?;
     params.host_pages = pages.host_pages.address();
     params.host = pages.host.address();
-    params.num_host_pages = word("host", num_pages)?;
+    params.num_host = word("host", num_pages)?;
     launch::<E>(stream, plan, "fetch_attend", &params)
 }
 
@@ -237,8 +339,11 @@ fn prepare<E: DeviceElem>(
         group: word("group", group)?,
         num_rows: word("kv", num_rows)?,
         num_entries: 0,
-        num_host_pages: 0,
+        num_host: 0,
         splits: plan.uniform_splits,
+        join_out: 0,
+        join_lse: 0,
+        late: 0,
     })
 }
 
@@ -290,6 +395,6 @@ fn launch<E: DeviceElem>(
     let kernel = stream.device().kernel(module, &name, shared_bytes)?;
     let launch = Launch { blocks: (plan.blocks, 1), threads: warps * 32, shared_bytes };
     // SAFETY: the layouts match; every buffer was checked against the shapes above, and borrowed buffers wait for the device
-    // before they are freed.
-    unsafe { kernel.launch(stream, launch, params) }
+    // before they are freed. The kernel waits for earlier ones, or was queued right behind one that did before it let this one start.
+    unsafe { kernel.launch_early(stream, launch, Together { layers: 1, cluster: 1 }, params) }
 }

@@ -13,7 +13,7 @@ use half::f16;
 use super::decode::{DevState, Spans};
 use super::{DeviceElem, check_aligned, check_head_dim, word};
 use crate::KernelError;
-use crate::device::{DevMut, DevRef, Device, DeviceBuffer, DeviceError, Launch, Stream};
+use crate::device::{DevMut, DevRef, Device, DeviceBuffer, DeviceError, Launch, Stream, Together};
 
 /// As in the kernels.
 const SCORE_WARPS: u32 = 8;
@@ -167,6 +167,64 @@ pub struct Select<'a> {
     pub list: DevMut<'a, u32>,
 }
 
+/// Memory of `page_scores` between blocks, and their number.
+pub(super) struct PageParts {
+    pub(super) part_lse: u64,
+    pub(super) arrived: u64,
+    pub(super) blocks: u32,
+}
+
+/// Queries with their scale, and what they are compared with.
+type PageQuery<'a, 's, E> = ((DevRef<'a, E>, f32), &'s Summaries<'a, E>);
+
+/// See [`Scan::page_scores`].
+pub(super) fn queue_page_scores<E: DeviceElem>(
+    stream: &Stream,
+    shape: &ScanShape,
+    parts: &PageParts,
+    ((q, scale), summaries): PageQuery<'_, '_, E>,
+    (scores, lse): (DevMut<'_, f32>, DevMut<'_, f32>),
+) -> Result<(), DeviceError> {
+    let ScanShape { items, group, head_dim, num_pages, .. } = *shape;
+    if !scale.is_finite() {
+        return Err(KernelError::Scale { scale }.into());
+    }
+    q.check("q", items * group * head_dim)?;
+    summaries.keys.check("keys", num_pages * head_dim)?;
+    summaries.log_count.check("log_count", num_pages)?;
+    summaries.pages.first.check("first", items)?;
+    summaries.pages.end.check("end", items)?;
+    scores.check("scores", num_pages * group)?;
+    lse.check("lse", items * group)?;
+    for (field, address) in
+        [("q", q.address()), ("keys", summaries.keys.address()), ("scores", scores.address())]
+    {
+        check_aligned(field, address)?;
+    }
+    let params = ScoreParams {
+        q: q.address(),
+        keys: summaries.keys.address(),
+        scales: 0,
+        log_count: summaries.log_count.address(),
+        masks: 0,
+        first: summaries.pages.first.address(),
+        end: summaries.pages.end.address(),
+        page_scores: 0,
+        scores: scores.address(),
+        part_lse: parts.part_lse,
+        arrived: parts.arrived,
+        lse: lse.address(),
+        scale,
+        group: word("group", group)?,
+        num_pages: word("num_pages", num_pages)?,
+    };
+    let kernel = stream.device().kernel("page_scores", &format!("page_scores_{}_d{head_dim}", E::NAME), 0)?;
+    let launch =
+        Launch { blocks: (parts.blocks, word("items", items)?), threads: SCORE_WARPS * 32, shared_bytes: 0 };
+    // SAFETY: the layouts match, every buffer has the checked shape, and the kernel begins by waiting for earlier ones.
+    unsafe { kernel.launch_early(stream, launch, Together { layers: 1, cluster: 1 }, &params) }
+}
+
 impl Scan {
     /// Allocates.
     ///
@@ -231,44 +289,12 @@ impl Scan {
         scores: DevMut<'_, f32>,
         lse: DevMut<'_, f32>,
     ) -> Result<(), DeviceError> {
-        let ScanShape { items, group, head_dim, num_pages, .. } = self.shape;
-        if !scale.is_finite() {
-            return Err(KernelError::Scale { scale }.into());
-        }
-        q.check("q", items * group * head_dim)?;
-        summaries.keys.check("keys", num_pages * head_dim)?;
-        summaries.log_count.check("log_count", num_pages)?;
-        self.check_spans(&summaries.pages)?;
-        scores.check("scores", num_pages * group)?;
-        lse.check("lse", items * group)?;
-        for (field, address) in
-            [("q", q.address()), ("keys", summaries.keys.address()), ("scores", scores.address())]
-        {
-            check_aligned(field, address)?;
-        }
-        let params = ScoreParams {
-            q: q.address(),
-            keys: summaries.keys.address(),
-            scales: 0,
-            log_count: summaries.log_count.address(),
-            masks: 0,
-            first: summaries.pages.first.address(),
-            end: summaries.pages.end.address(),
-            page_scores: 0,
-            scores: scores.address(),
+        let parts = PageParts {
             part_lse: self.part_lse.view_mut().address(),
             arrived: self.arrived.view_mut().address(),
-            lse: lse.address(),
-            scale,
-            group: word("group", group)?,
-            num_pages: word("num_pages", num_pages)?,
+            blocks: self.score_blocks,
         };
-        let name = format!("page_scores_{}_d{head_dim}", E::NAME);
-        let kernel = stream.device().kernel("page_scores", &name, 0)?;
-        let blocks = (self.score_blocks, word("items", items)?);
-        let launch = Launch { blocks, threads: SCORE_WARPS * 32, shared_bytes: 0 };
-        // SAFETY: the layouts match and every buffer has the checked shape.
-        unsafe { kernel.launch(stream, launch, &params) }
+        queue_page_scores(stream, &self.shape, &parts, ((q, scale), summaries), (scores, lse))
     }
 
     /// Scores of all tokens, relative to the pages' `lse`, to `scores` [num_pages, group, 16] f16:

@@ -20,10 +20,10 @@ use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Pages, Removed};
 use crate::scratch::Scratch;
-use crate::search::tail;
 use crate::simd::Isa;
 use crate::sketch::SketchConfig;
 use crate::snapshot::{Kind, Reader, Writer};
+use crate::tail::tail;
 use tree::Tree;
 
 /// See the module documentation.

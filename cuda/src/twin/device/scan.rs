@@ -31,7 +31,7 @@ pub fn page_scores<E: KvElem>(q: &[E], keys: &[E], log_count: &[f32], scale: f32
     (scores, lse)
 }
 
-fn log_sum_exp(scores: &[f64]) -> f64 {
+pub(super) fn log_sum_exp(scores: &[f64]) -> f64 {
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if max == f64::NEG_INFINITY {
         max
@@ -53,6 +53,18 @@ pub struct HostSketches<'a> {
     pub masks: &'a [u16],
 }
 
+impl HostSketches<'_> {
+    /// Level of coordinate `i` of a token's key.
+    pub fn level(&self, token: usize, i: usize, d: usize) -> f64 {
+        let bit = |plane: usize| {
+            let line = (token / 16 * self.bits + plane) * (d / 32) + i / 32;
+            self.lines[line * 16 + token % 16] >> (i % 32) & 1
+        };
+        let code = (0..self.bits).fold(0, |code, plane| 2 * code + bit(plane));
+        2.0 * f64::from(code) - f64::from((1u32 << self.bits) - 1)
+    }
+}
+
 /// Scores [group, 16 pages] of an item's tokens, `base + key_scale * q.level`, where `base` [group, pages] is the page's score
 /// without its count and relative to `lse`. `q` is [group, head_dim], rotated and scaled.
 pub fn sketch_scores(q: &[half::f16], sketches: &HostSketches<'_>, base: &[f64]) -> Vec<f64> {
@@ -65,13 +77,7 @@ pub fn sketch_scores(q: &[half::f16], sketches: &HostSketches<'_>, base: &[f64])
             let page = token / 16;
             let mut dot = 0.0;
             for i in 0..d {
-                let bit = |plane: usize| {
-                    let line = (page * sketches.bits + plane) * (d / 32) + i / 32;
-                    sketches.lines[line * 16 + token % 16] >> (i % 32) & 1
-                };
-                let code = (0..sketches.bits).fold(0, |code, plane| 2 * code + bit(plane));
-                let level = 2.0 * f64::from(code) - f64::from((1u32 << sketches.bits) - 1);
-                dot += f64::from(q[head * d + i].to_f32()) * level;
+                dot += f64::from(q[head * d + i].to_f32()) * sketches.level(token, i, d);
             }
             let scale = f64::from(sketches.scales[token].to_f32());
             scores[head * pages * 16 + token] = base[head * pages + page] + scale * dot;
@@ -83,6 +89,11 @@ pub fn sketch_scores(q: &[half::f16], sketches: &HostSketches<'_>, base: &[f64])
 /// Units of the best keys, at most `budget`: `scores` [group, units] f32 less `lse` `[group]`, the largest over the group, in
 /// steps of 1/128 nat from -24 to 8; first those above the last step taken, then those of that step, each by number.
 pub fn select_topk(scores: &[f32], lse: &[f32], budget: usize) -> Vec<u32> {
+    select_by(scores, lse, budget, -24.0)
+}
+
+/// Keys span 32 nats from `low`.
+pub(super) fn select_by(scores: &[f32], lse: &[f32], budget: usize, low: f32) -> Vec<u32> {
     let units = scores.len().checked_div(lse.len()).unwrap_or(0);
     let mut keys: Vec<(u32, u32)> = (0..units)
         .map(|unit| {
@@ -92,7 +103,7 @@ pub fn select_topk(scores: &[f32], lse: &[f32], budget: usize) -> Vec<u32> {
                 .map(|(head, lse)| scores[head * units + unit] - lse)
                 .fold(f32::NEG_INFINITY, f32::max);
             let key =
-                if best > f32::NEG_INFINITY { ((best + 24.0) * 128.0).clamp(1.0, 4095.0) as u32 } else { 0 };
+                if best > f32::NEG_INFINITY { ((best - low) * 128.0).clamp(1.0, 4095.0) as u32 } else { 0 };
             (key, unit as u32)
         })
         .filter(|(key, _)| *key > 0)

@@ -114,8 +114,9 @@ fn dots_of<const R: usize>(keys: &[u8], rows: &[i8], out: &mut [i32]) {
     }
 }
 
+#[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
-fn exp(x: __m512) -> __m512 {
+pub(in crate::simd) fn exp(x: __m512) -> __m512 {
     let kept = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_set1_ps(EXP_MIN));
     let scaled = _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E));
     let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(scaled);
@@ -167,16 +168,20 @@ pub(super) fn rank(part: Part<'_>, norm: &[f32], threshold: f32, best: &mut [f32
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn weigh(part: Part<'_>, norm: &[f32], weights: &mut [f32]) -> f32 {
-    let rest = load(part.rest);
-    let mut largest = _mm512_setzero_ps();
-    for ((w, row), &norm) in weights.chunks_exact_mut(LANES).zip(part.logits.chunks_exact(LANES)).zip(norm) {
-        let x = _mm512_min_ps(_mm512_sub_ps(load(row), _mm512_set1_ps(norm)), _mm512_setzero_ps());
-        let weight = _mm512_mul_ps(rest, exp(x));
-        largest = _mm512_max_ps(largest, weight);
-        store(w, weight);
+pub(super) fn exps((logits, rest): (&[f32], &[f32]), max: &[f32], (exps, sums): (&mut [f32], &mut [f32])) {
+    let size = max.len() * LANES;
+    for ((rows, exps), rest) in
+        logits.chunks_exact(size).zip(exps.chunks_exact_mut(size)).zip(rest.chunks_exact(LANES))
+    {
+        let rest = load(rest);
+        let heads = rows.chunks_exact(LANES).zip(exps.chunks_exact_mut(LANES)).zip(max);
+        for (((row, exps), &max), sums) in heads.zip(sums.chunks_exact_mut(LANES)) {
+            let x = _mm512_min_ps(_mm512_sub_ps(load(row), _mm512_set1_ps(max)), _mm512_setzero_ps());
+            let e = exp(x);
+            store(exps, e);
+            store(sums, _mm512_add_ps(load(sums), _mm512_mul_ps(rest, e)));
+        }
     }
-    _mm512_reduce_max_ps(largest)
 }
 
 /// Heads whose sums are kept in registers at once.

@@ -140,12 +140,15 @@ fn sums_over_parts_have_the_same_bits_on_every_set() {
             all.push(u32::from(lanes));
             all
         });
-        same(case, |isa| {
-            let mut weights = vec![0.0; group * LANES];
-            let largest = weigh(isa, part, &max, &mut weights);
-            weights.push(largest);
-            bits(&weights)
+        let of_all = same(case, |isa| {
+            let mut sums = vec![0.0; group * LANES];
+            let mut all = vec![0.0; logits.len()];
+            exps(isa, (&logits, &rest), &max, (&mut all, &mut sums));
+            [bits(&all), bits(&sums)].concat()
         });
+        let mut sums = vec![0.0; group * LANES];
+        masses(Isa::Scalar, &logits, &rest, &max, &mut sums);
+        assert_eq!(of_all[logits.len()..], bits(&sums));
     });
 }
 

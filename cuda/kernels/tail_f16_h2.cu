@@ -1,0 +1,4 @@
+// See tail.cuh.
+#include "tail.cuh"
+
+TAIL_ALL(__half, f16, 2)
