@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::page::PageTable;
 use crate::plan::{HeadPath, StepFacts, choose};
-use crate::policy::PrefetchKind;
+use crate::policy::{EvictionKind, PrefetchKind};
 use crate::prefill::publish;
 use crate::query::GroupQuery;
 use crate::select::{SelectCost, SelectRequest, SelectScratch};
@@ -36,6 +36,8 @@ pub(crate) struct Workspace {
     state: StateBuf,
     tail: StateBuf,
     guess: Vec<u32>,
+    /// Key and value of one token while it is weighed, `[2, head_dim]`.
+    row: Vec<f32>,
 }
 
 /// One workspace per kv head, so that each has grown after one step, whichever threads run the heads. The locks are never
@@ -211,8 +213,17 @@ fn decode_shard(
     if step.q_pre.is_some() && !matches!(path, HeadPath::Reuse | HeadPath::ExactSpan) {
         shard.reuse.commit(&space.q_pre, position, &space.state);
     }
-    if config.cold.is_some() {
-        shard.touch(&space.table, position);
+    if let Some(cold) = &config.cold {
+        let (row, lse) = (&mut space.row, &report.exact_lse);
+        row.resize(2 * head_dim, 0.0);
+        let (key, value) = row.split_at_mut(head_dim);
+        shard.touch(&space.table, |pages, token| match cold.eviction {
+            EvictionKind::Mass => {
+                pages.widen_row(token, key, value);
+                query.mass(key, lse)
+            }
+            _ => 0.0,
+        });
     }
     report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
     watch.lap(Stage::Commit);

@@ -3,6 +3,7 @@
 mod crew;
 mod persist;
 mod prefill_attend;
+mod slab_book;
 mod spill;
 
 use std::collections::HashMap;
@@ -19,7 +20,6 @@ use crate::decode::{StepContext, Workspaces, decode_layer, guess_shard, prefetch
 use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
-use crate::page::cold::ColdTier;
 use crate::page::{ShardPages, WarmMemory};
 use crate::policy::PrefetchKind;
 use crate::prefill;
@@ -88,7 +88,7 @@ pub struct Engine {
     backend: Box<dyn AttentionBackend>,
     memory: WarmMemory,
     clock: Box<dyn Clock>,
-    cold: Option<ColdTier<spill::SlabKey>>,
+    cold: Option<spill::Cold>,
 }
 
 impl Engine {
@@ -155,7 +155,7 @@ impl Engine {
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
         on_threads(self.crew.as_ref(), || prefill::append(shards, k, v))?;
-        self.spill(Patience::Prefill);
+        self.spill((seq, layer.0), Patience::Prefill);
         Ok(())
     }
 
@@ -225,7 +225,7 @@ impl Engine {
             };
             prefetch_layer(&context, &mut layers[target])
         })?;
-        self.spill(Patience::Step);
+        self.spill((seq, step.layer.0), Patience::Step);
         Ok(())
     }
 
