@@ -48,6 +48,8 @@ impl ColdConfig {
 /// `Engine::open`, which validates all of them.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Name of the model; a saved sequence says it, and one of another name is not restored. Empty = unnamed, any fits.
+    pub model: String,
     /// Attention layers of the model.
     pub num_layers: usize,
     /// Heads of every layer.
@@ -86,6 +88,7 @@ impl Config {
     #[must_use]
     pub fn new(num_layers: usize, heads: HeadShape, kv_dtype: KvDtype) -> Self {
         Self {
+            model: String::new(),
             num_layers,
             heads,
             kv_dtype,
@@ -108,6 +111,7 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] naming the first field that is out of range.
     pub fn validate(&self) -> Result<()> {
+        self.policy.reuse().validate()?;
         if self.num_layers == 0 {
             return Err(Error::config("num_layers", self.num_layers, "must be at least 1"));
         }

@@ -23,6 +23,7 @@ use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::page::{ShardPages, WarmMemory};
 use crate::policy::PrefetchKind;
 use crate::prefill;
+use crate::reuse::ReuseSummary;
 use crate::select::Policy;
 use crate::sequence::Sequence;
 use crate::sim::{Clock, SystemClock};
@@ -357,6 +358,17 @@ impl Engine {
             .get(layer.0)
             .map(|l| l.num_tokens)
             .ok_or(Error::UnknownLayer { got: layer.0, num_layers })
+    }
+
+    /// What the reuse caches of one layer hold and have learnt, in order of kv heads.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer.
+    pub fn reuse_summary(&self, seq: SeqId, layer: LayerId) -> Result<Vec<ReuseSummary>> {
+        let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        let num_layers = sequence.layers.len();
+        let layer = sequence.layers.get(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
+        Ok(layer.shards.iter().map(|shard| shard.reuse.summary()).collect())
     }
 
     /// Host bytes of a sequence: exact keys and values, and what the policy keeps beside them.

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::hot::HotShard;
 use crate::ids::TokenPos;
 use crate::page::{PageLife, PageTable, ShardPages, WarmMemory};
-use crate::reuse::{Off, ReuseCache};
+use crate::reuse::{ReuseCache, cache};
 use crate::select::{Selector, selector};
 use crate::shape::{PAGE_TOKENS, PageShape};
 
@@ -27,6 +27,8 @@ pub(crate) struct Shard {
     /// Shared with forks until it changes.
     pub(crate) selector: Arc<dyn Selector>,
     pub(crate) reuse: Box<dyn ReuseCache>,
+    /// Place among the shards of the model, layers outermost.
+    place: usize,
     /// Slots, when the configuration asks for them.
     pub(crate) hot: Option<HotShard>,
     /// Tokens `0..published` are known to the selector; the rest are young and always attended.
@@ -40,12 +42,13 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    fn new(config: &Config, memory: &WarmMemory) -> Result<Self> {
+    fn new(config: &Config, memory: &WarmMemory, place: usize) -> Result<Self> {
         let shape = PageShape::new(config.heads.head_dim(), config.kv_dtype);
         Ok(Self {
             pages: ShardPages::with_memory(shape, memory),
             selector: selector(config)?.into(),
-            reuse: Box::new(Off),
+            reuse: cache(config, place),
+            place,
             hot: HotShard::new(config),
             published: 0,
             first_batch: 0,
@@ -77,12 +80,13 @@ impl Shard {
         }
     }
 
-    /// A shard with the same contents. Earlier states and slots are not taken along: they are caches.
+    /// A shard with the same contents. Slots are not taken along: they are a cache.
     fn fork(&self, config: &Config) -> Self {
         Self {
             pages: self.pages.clone(),
             selector: self.selector.clone(),
-            reuse: Box::new(Off),
+            reuse: self.reuse.fork(),
+            place: self.place,
             hot: HotShard::new(config),
             published: self.published,
             first_batch: self.first_batch,
@@ -94,7 +98,7 @@ impl Shard {
     /// Replaces the selector by a fresh one for `config`, which has heard of no token yet.
     pub(crate) fn reselect(&mut self, config: &Config) -> Result<()> {
         self.selector = selector(config)?.into();
-        self.reuse.truncate(0);
+        self.reuse = cache(config, self.place);
         self.published = 0;
         self.first_batch = 0;
         Ok(())
@@ -153,7 +157,7 @@ impl Sequence {
     pub(crate) fn new(config: &Config, memory: &WarmMemory) -> Result<Self> {
         let layer = |layer: usize| -> Result<LayerShards> {
             let shards = (0..config.heads.num_kv_heads())
-                .map(|_| Shard::new(config, memory))
+                .map(|head| Shard::new(config, memory, layer * config.heads.num_kv_heads() + head))
                 .collect::<Result<_>>()?;
             Ok(LayerShards { shards, num_tokens: 0, span: config.spans.get(layer).copied().flatten() })
         };

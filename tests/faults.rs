@@ -248,8 +248,8 @@ fn a_cold_tier_on_a_faulty_store_changes_no_bit_through_4_000_events() {
         ];
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut open = engines.each_mut().map(|engine| vec![engine.admit().unwrap()]);
-        for i in 0..2 {
-            let (k, v) = layers[i].rows(0..700);
+        for (i, layer) in layers.iter().enumerate() {
+            let (k, v) = layer.rows(0..700);
             for (engine, open) in engines.iter_mut().zip(&open) {
                 engine.prefill(open[0], LayerId(i), &k, &v).unwrap();
             }

@@ -6,6 +6,8 @@ mod index;
 mod kernel;
 mod machine;
 mod stats;
+#[cfg(feature = "cuda")]
+mod step;
 mod tiers;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +29,9 @@ enum Command {
     Kernel(kernel::Args),
     /// Build, insertion and search of every index kind over growing numbers of tokens, with kept mass and recall.
     Index(index::Args),
+    /// The engine on the device: attention time of a token against full attention, over contexts and batches.
+    #[cfg(feature = "cuda")]
+    Step(step::Args),
     /// Attention over the warm tier's slabs against the same attention over one flat array.
     Tiers(tiers::Args),
 }
@@ -37,6 +42,8 @@ fn main() -> anyhow::Result<()> {
         #[cfg(feature = "cuda")]
         Command::Kernel(args) => kernel::run(&args),
         Command::Index(args) => index::run(&args),
+        #[cfg(feature = "cuda")]
+        Command::Step(args) => step::run(&args),
         Command::Tiers(args) => tiers::run(&args),
     }
 }

@@ -53,3 +53,32 @@ CACHE_INGEST_ALL(64)
 CACHE_INGEST_ALL(96)
 CACHE_INGEST_ALL(128)
 CACHE_INGEST_ALL(256)
+
+namespace floe {
+
+// Mirrored by `ops::cache::ingest::RefillParams`.
+struct RefillParams {
+    Cache cache;
+    uint4 *kv;              // [rows, pieces]
+    uint32_t *fault;        // becomes 1 when a token has no row; it is left out
+    uint32_t sequence, first, run, num_rows, pieces;
+};
+
+} // namespace floe
+
+// The way back: rows of a run of tokens from host memory to where `row_of` has them.
+extern "C" __global__ void __launch_bounds__(256) cache_refill(const __grid_constant__ floe::RefillParams p) {
+    using namespace floe;
+    const Cache &c = p.cache;
+    const uint32_t lane = threadIdx.x % 32, job = blockIdx.x * 8 + threadIdx.x / 32;
+    if (job >= p.run * c.heads) return;
+    const uint32_t token = p.first + job / c.heads, head = job % c.heads;
+    const SequencePlace s = c.sequences[p.sequence];
+    const uint32_t at = row_of(c, s, head, token);
+    if (token / CHUNK_ROWS >= c.chunks_each || at >= p.num_rows || (s.slots == DENSE && token >= s.rows_each)) {
+        if (lane == 0) *p.fault = 1;
+        return;
+    }
+    const uint4 *host = reinterpret_cast<const uint4 *>(host_row(c, p.sequence, head, token, p.pieces * 16));
+    for (uint32_t i = lane; i < p.pieces; i += 32) p.kv[uint64_t(at) * p.pieces + i] = host[i];
+}

@@ -146,7 +146,8 @@ impl PyEngine {
     }
 }
 
-fn parse_dtype(name: &str) -> PyResult<KvDtype> {
+/// The element type of that name.
+pub fn parse_dtype(name: &str) -> PyResult<KvDtype> {
     match name {
         "bfloat16" | "bf16" => Ok(KvDtype::Bf16),
         "float16" | "f16" => Ok(KvDtype::F16),
@@ -155,7 +156,8 @@ fn parse_dtype(name: &str) -> PyResult<KvDtype> {
     }
 }
 
-fn dtype_name(dtype: KvDtype) -> &'static str {
+/// Its name in Python.
+pub fn dtype_name(dtype: KvDtype) -> &'static str {
     match dtype {
         KvDtype::Bf16 => "bfloat16",
         KvDtype::F16 => "float16",

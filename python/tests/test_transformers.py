@@ -125,7 +125,7 @@ def test_padded_batches(name):
     eager, ours, cache = both(name, {"input_ids": ids, "attention_mask": mask})
     assert_same(eager, ours)
     # Padding is not stored.
-    tokens = [row.num_tokens() for row in cache._rows]
+    tokens = [row.num_tokens() for row in cache._rows.sequences]
     assert tokens == [61, 44, 12]
 
 
@@ -319,7 +319,7 @@ def test_half_precision(dtype):
         cache = FloeCache(model.config, policy="full")
         model(input_ids=ids[:, :59], past_key_values=cache)
         ours = model(input_ids=ids[:, 59:], past_key_values=cache).logits[0, -1].float()
-    assert cache._engine.config["dtype"] == str(dtype).removeprefix("torch.")
+    assert cache._rows.engine.config["dtype"] == str(dtype).removeprefix("torch.")
     # As far from the f32 model as eager attention in the same type is.
     assert (ours - wide).norm() < 1.5 * (eager - wide).norm() + 1e-3
 

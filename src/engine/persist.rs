@@ -21,6 +21,9 @@ pub const SEQUENCE_KIND: &str = "floe-sequence/1";
 pub struct SavedSequence {
     /// [`SEQUENCE_KIND`].
     pub kind: String,
+    /// Name of the model; empty when the engine was given none.
+    #[serde(default)]
+    pub model: String,
     /// Layers of the model.
     pub num_layers: usize,
     /// Query heads of a layer.
@@ -49,6 +52,7 @@ impl SavedSequence {
     fn of(config: &Config, sequence: &Sequence) -> Self {
         Self {
             kind: SEQUENCE_KIND.into(),
+            model: config.model.clone(),
             num_layers: config.num_layers,
             num_q_heads: config.heads.num_q_heads(),
             num_kv_heads: config.heads.num_kv_heads(),
@@ -83,7 +87,10 @@ impl SavedSequence {
     }
 
     fn check(&self, config: &Config, path: &Path) -> Result<()> {
+        let named = !self.model.is_empty() && !config.model.is_empty();
+        let model = if named { &self.model } else { &config.model };
         let own = [
+            ("model", model.clone(), config.model.clone()),
             ("num_layers", self.num_layers.to_string(), config.num_layers.to_string()),
             ("num_q_heads", self.num_q_heads.to_string(), config.heads.num_q_heads().to_string()),
             ("num_kv_heads", self.num_kv_heads.to_string(), config.heads.num_kv_heads().to_string()),

@@ -6,6 +6,7 @@ use floe_cuda::device::{Device, DeviceBuffer, Graph, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{
     BatchEntry, CHUNK_ROWS, DeviceTensor, Ingest, PageSource, SequencePlace, Tables, build_pages, ingest,
+    refill,
 };
 
 use super::chain::{Chain, ChainShape, Shared, StepIo};
@@ -235,18 +236,13 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// Forgets the tokens at and after `num_tokens` in every layer, as speculative decoding does with refused drafts.
     ///
     /// # Errors
-    /// Unknown sequence; [`Error::Config`] when a sequence with slots would go back beyond what its ring holds.
+    /// Unknown sequence; what the driver reports.
     pub fn truncate(&mut self, seq: SeqId, num_tokens: usize, stream: &Stream) -> Result<()> {
         let shape = self.plan.shape;
         let open = self.places.get_mut(seq)?;
         let longest = open.longest();
         if longest <= num_tokens {
             return Ok(());
-        }
-        let spare = shape.ring - shape.window - 16;
-        if !open.is_dense() && longest - num_tokens > spare {
-            let reason = format!("a sequence with slots goes back by at most {spare} tokens");
-            return Err(Error::config("num_tokens", num_tokens, reason));
         }
         open.turned_back += (longest - num_tokens) as u32;
         for (tokens, built) in open.tokens.iter_mut().zip(&mut open.built) {
@@ -263,7 +259,8 @@ impl<E: DeviceElem> GpuEngine<E> {
                 memory.slots.row_of_token.fill_range(from..end, 0xff, stream)?;
             }
         }
-        Ok(())
+        // What was forgotten may have overwritten older rows in the ring.
+        if place.slots != SequencePlace::DENSE { self.refill_ring(seq, stream) } else { Ok(()) }
     }
 
     /// Frees a sequence. Work queued with it must be done: waits for the device.
@@ -542,7 +539,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             });
         }
         if open.is_dense() && tokens > open.place.rows_each as usize {
-            self.grow(seq, tokens, stream)?;
+            self.turn_to_slots(seq, tokens, stream)?;
         }
         let open = self.places.get_mut(seq)?;
         let chunks = &mut open.chunks[layer];
@@ -562,44 +559,42 @@ impl<E: DeviceElem> GpuEngine<E> {
         Ok(())
     }
 
-    /// Moves a dense sequence to twice the rows, or to slots when there is no room for them.
-    fn grow(&mut self, seq: SeqId, tokens: usize, stream: &Stream) -> Result<()> {
-        let heads = self.plan.shape.heads;
-        let open = self.places.get(seq)?;
-        let (old, capacity) = (open.place, open.capacity);
-        let wanted = tokens.next_power_of_two().min(capacity);
-        let dense = self.places.dense_rows(wanted, &self.plan);
-        let Some((rows, rows_each, slots)) = dense.or_else(|| self.places.slot_rows(&self.plan)) else {
-            let needed = if self.plan.exact { wanted } else { self.plan.slot_rows() } * heads;
-            let free = self.places.rows_free();
-            return Err(Error::NoRoom { what: "rows on the device (`rows`)", needed, free });
-        };
-        let place = SequencePlace { rows, rows_each, slots, ..old };
-        if slots != SequencePlace::DENSE {
-            // While all rows are still there.
-            for layer in 0..self.config.num_layers {
-                let stored = self.places.get(seq)?.tokens[layer];
-                self.catch_up(seq, layer, published(stored + 1, self.plan.shape.window), stream)?;
-            }
+    /// Turns the rows of a dense sequence that are more than they hold into sinks, ring and slots.
+    fn turn_to_slots(&mut self, seq: SeqId, tokens: usize, stream: &Stream) -> Result<()> {
+        let shape = self.plan.shape;
+        let old = self.places.get(seq)?.place;
+        if self.plan.exact || (old.rows_each as usize) < self.plan.slot_rows() {
+            let what = "rows of the sequence on the device (`rows`)";
+            return Err(Error::NoRoom { what, needed: tokens, free: old.rows_each as usize });
+        }
+        let slots = old.rows_each as usize - shape.sinks - shape.ring;
+        let place = SequencePlace { slots: slots as u32, ..old };
+        // While all rows are still there.
+        for layer in 0..self.config.num_layers {
+            let stored = self.places.get(seq)?.tokens[layer];
+            self.catch_up(seq, layer, published(stored + 1, shape.window), stream)?;
         }
         let open = self.places.get_mut(seq)?;
-        for (memory, &stored) in self.layers.iter_mut().zip(&open.tokens) {
-            for head in 0..heads {
-                let from = |token: usize| old.rows as usize + head * old.rows_each as usize + token;
-                let to = place.rows as usize + head * place.rows_each as usize;
-                for (run, at) in self.plan.moved(stored, slots == SequencePlace::DENSE) {
-                    let row = self.plan.shape.row_len();
-                    let elements = from(run.start) * row..from(run.end) * row;
-                    memory.kv.copy_within(elements, (to + at) * row, stream)?;
-                }
-            }
-        }
         open.place = place;
         self.sequences.write_async(open.index, &[place], stream)?;
-        if slots != SequencePlace::DENSE {
-            self.forget_slots_on(&place, stream)?;
+        self.refill_ring(seq, stream)?;
+        self.forget_slots_on(&place, stream)
+    }
+
+    /// Brings the newest rows of a sequence with slots from host memory into its ring, in every layer.
+    fn refill_ring(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
+        let shape = self.plan.shape;
+        let open = self.places.get(seq)?;
+        for (memory, &stored) in self.layers.iter_mut().zip(&open.tokens) {
+            let tables = Tables {
+                shape,
+                batch: self.batch.view(),
+                sequences: self.sequences.view(),
+                chunks: memory.chunks.view(),
+            };
+            let run = stored.saturating_sub(shape.ring).max(shape.sinks.min(stored))..stored;
+            refill(stream, &tables, (open.index, run), memory.kv.view_mut())?;
         }
-        self.places.give_rows(&old, heads);
         Ok(())
     }
 

@@ -131,8 +131,11 @@ impl Plan {
             let got = format!("{} layers", config.spans.len());
             return Err(Error::config("spans", got, "must be empty on the cuda backend"));
         }
-        if !exact && config.hot.slots < retrieved {
-            let reason = format!("must hold the {retrieved} tokens that a step retrieves");
+        let slots_min = retrieved.max(shape.sinks + 2 * shape.ring);
+        if !exact && config.hot.slots < slots_min {
+            let reason = format!(
+                "must be at least {slots_min}: the {retrieved} tokens of a step, and twice the newest ones"
+            );
             return Err(Error::config("hot.slots", config.hot.slots, reason));
         }
         for (field, value) in [
@@ -154,26 +157,5 @@ impl Plan {
     /// Rows of a kv head with slots.
     pub(super) const fn slot_rows(&self) -> usize {
         self.shape.sinks + self.shape.ring + self.slots
-    }
-}
-
-impl Plan {
-    /// Runs of tokens that move when a dense sequence of `stored` tokens gets other rows, each with its place among a head's rows
-    /// there: all of them, or sinks and ring.
-    pub(super) fn moved(&self, stored: usize, dense: bool) -> Vec<(std::ops::Range<usize>, usize)> {
-        let (sinks, ring) = (self.shape.sinks, self.shape.ring);
-        if dense || stored <= sinks {
-            return vec![(0..stored, 0)];
-        }
-        let oldest = stored.saturating_sub(ring).max(sinks);
-        let mut runs = vec![(0..sinks, 0)];
-        let mut at = oldest;
-        while at < stored {
-            // Up to where the ring begins anew.
-            let end = (at / ring + 1) * ring;
-            runs.push((at..end.min(stored), sinks + at % ring));
-            at = end;
-        }
-        runs
     }
 }

@@ -10,9 +10,6 @@ use super::runs::Runs;
 use crate::error::{Error, Result};
 use crate::ids::SeqId;
 
-/// Rows of a kv head that a dense sequence starts with.
-const DENSE_FIRST: usize = 1024;
-
 /// One open sequence.
 #[derive(Debug)]
 pub(super) struct Open {
@@ -79,10 +76,14 @@ impl Places {
             pages_each: (pages_each * 16) as u32,
             ..SequencePlace::default()
         };
-        let dense = self.dense_rows(capacity.min(DENSE_FIRST), plan);
-        let Some((rows, rows_each, slots)) = dense.or_else(|| self.slot_rows(plan)) else {
+        // A fair share of what is free, so that places of one size follow one another without holes.
+        let share = self.rows.free() / (heads * self.free.len()) / 16 * 16;
+        let rows_each = share.min(capacity.next_multiple_of(16));
+        let enough = rows_each >= capacity || (!plan.exact && rows_each >= plan.slot_rows());
+        let rows = if enough { self.rows.take(rows_each * heads, 16) } else { None };
+        let Some(rows) = rows else {
             self.pages.give(pages, pages_each * heads);
-            let needed = plan.slot_rows() * heads;
+            let needed = if plan.exact { capacity } else { plan.slot_rows().min(capacity) } * heads;
             return Err(Error::NoRoom {
                 what: "rows on the device (`rows`)",
                 needed,
@@ -92,7 +93,12 @@ impl Places {
         self.free.pop();
         let open = Open {
             index,
-            place: SequencePlace { rows, rows_each, slots, ..place },
+            place: SequencePlace {
+                rows: rows as u32,
+                rows_each: rows_each as u32,
+                slots: SequencePlace::DENSE,
+                ..place
+            },
             capacity,
             tokens: vec![0; layers],
             built: vec![0; layers],
@@ -103,31 +109,10 @@ impl Places {
         Ok(())
     }
 
-    /// Rows for a dense sequence of `rows_each` tokens: first row, rows of a head, slots.
-    pub(super) fn dense_rows(&mut self, rows_each: usize, plan: &Plan) -> Option<(u32, u32, u32)> {
-        let rows = self.rows.take(rows_each * plan.shape.heads, 16)?;
-        Some((rows as u32, rows_each as u32, SequencePlace::DENSE))
-    }
-
-    /// Rows for a sequence with slots.
-    pub(super) fn slot_rows(&mut self, plan: &Plan) -> Option<(u32, u32, u32)> {
-        if plan.exact {
-            return None;
-        }
-        let each = plan.slot_rows();
-        let rows = self.rows.take(each * plan.shape.heads, 16)?;
-        Some((rows as u32, each as u32, plan.slots as u32))
-    }
-
-    /// Gives the rows of a place back.
-    pub(super) fn give_rows(&mut self, place: &SequencePlace, heads: usize) {
-        self.rows.give(place.rows as usize, place.rows_each as usize * heads);
-    }
-
     /// Frees everything of a sequence but its chunks, which are returned.
     pub(super) fn close(&mut self, seq: SeqId, heads: usize) -> Result<Vec<Chunk>> {
         let open = self.open.remove(&seq).ok_or(Error::UnknownSequence(seq))?;
-        self.give_rows(&open.place, heads);
+        self.rows.give(open.place.rows as usize, open.place.rows_each as usize * heads);
         self.pages.give(open.place.pages as usize / 16, open.place.pages_each as usize / 16 * heads);
         self.free.push(open.index);
         Ok(open.chunks.into_iter().flatten().collect())

@@ -14,6 +14,9 @@ impl Runs {
 
     /// Start of a run of `len` units that begins at a multiple of `align`.
     pub(super) fn take(&mut self, len: usize, align: usize) -> Option<usize> {
+        if len == 0 {
+            return Some(0);
+        }
         for i in 0..self.free.len() {
             let (start, size) = self.free[i];
             let at = start.next_multiple_of(align);
@@ -56,6 +59,7 @@ mod tests {
     #[test]
     fn runs_are_disjoint_and_come_back_whole() {
         let mut runs = Runs::new(1000);
+        assert_eq!(Runs::new(0).take(0, 16), Some(0));
         let mut taken = Vec::new();
         for len in [10, 300, 16, 1, 200] {
             let at = runs.take(len, 16).unwrap();

@@ -14,6 +14,14 @@ pub enum HostError {
         /// The operating system's answer.
         source: std::io::Error,
     },
+    /// Environment: a file that cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
     /// A file that is no GGUF file, or a damaged one.
     #[error("{path} is not a readable GGUF file: {reason}")]
     Gguf {
@@ -77,7 +85,7 @@ impl HostError {
         match self {
             // A file name that does not exist is input; a file that cannot be read to its end is not.
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
-            Self::Candle(_) => true,
+            Self::Candle(_) | Self::Write { .. } => true,
             Self::Engine(error) => error.is_environment(),
             Self::Trace(error) => error.is_environment(),
             _ => false,

@@ -7,7 +7,7 @@
 mod decode;
 mod fetch;
 mod rig;
-mod scan;
+mod sweep;
 
 use std::path::PathBuf;
 
@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let rig = Rig::new(args.device, args.replays, args.only.clone())?;
     let bounds = Bounds::measure(&rig)?;
     let mut rows = Vec::new();
-    for cases in [decode::run, fetch::run, scan::run] {
+    for cases in [decode::run, fetch::run, sweep::run] {
         cases(&rig, &bounds, &mut rows)?;
     }
     rig.device.check_entries()?;

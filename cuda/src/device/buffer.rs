@@ -245,23 +245,24 @@ impl<T: Pod> DeviceBuffer<T> {
         unsafe { result::memcpy_htod_async(address, data, stream.raw()) }.named("cuMemcpyHtoDAsync")
     }
 
-    /// Queues a copy of elements `from` to those from `to` on; the two do not overlap.
+    /// Queues a copy of a part of another buffer of the device to the elements from `to` on.
     ///
     /// # Errors
-    /// Ranges that leave the buffer or overlap; what the driver reports.
-    pub fn copy_within(&mut self, from: Range<usize>, to: usize, stream: &Stream) -> Result<(), DeviceError> {
-        let target = to..to.saturating_add(from.len());
-        check_range(&from, self.len)?;
-        check_range(&target, self.len)?;
-        if from.start < target.end && target.start < from.end {
-            let expected = "a range that does not overlap its source";
-            return Err(DeviceError::Unsupported { field: "to", value: to, expected });
-        }
+    /// Ranges that leave their buffers; what the driver reports.
+    pub fn copy_part(
+        &mut self,
+        to: usize,
+        (other, from): (&Self, Range<usize>),
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        check_range(&from, other.len)?;
+        check_range(&(to..to.saturating_add(from.len())), self.len)?;
         self.device.bind()?;
         let size = size_of::<T>();
-        let at = |element: usize| self.address + (element * size) as u64;
-        // SAFETY: both ranges lie in the allocation and do not overlap.
-        unsafe { result::memcpy_dtod_async(at(to), at(from.start), from.len() * size, stream.raw()) }
+        let (target, source) =
+            (self.address + (to * size) as u64, other.address + (from.start * size) as u64);
+        // SAFETY: both ranges lie in their allocations, which are different ones.
+        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
             .named("cuMemcpyDtoDAsync")
     }
 

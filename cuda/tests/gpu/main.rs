@@ -12,3 +12,4 @@ mod scan;
 mod states;
 #[path = "../support/mod.rs"]
 mod support;
+mod sweep;

@@ -297,10 +297,9 @@ mod tests {
         let made = episode(&[Task::WordCount], &text(), (20_000, 8), 5).unwrap();
         for question in &made.questions {
             let blank = &question.blanks[0];
-            let mut words = blank.lead.split(", ");
-            let asked = words.next_back().unwrap();
+            let (examples, asked) = blank.lead.rsplit_once(", ").unwrap();
             assert_eq!(made.context.matches(asked).count().to_string(), blank.wanted[0]);
-            for example in words {
+            for example in examples.split(", ") {
                 let (word, times) = example.split_once(' ').unwrap();
                 assert_eq!(format!("{} times", made.context.matches(word).count()), times);
             }

@@ -86,3 +86,52 @@ pub fn ingest<E: DeviceElem>(
     // SAFETY: the layouts match, every buffer has the checked shape, and whoever made the tensors vouches for theirs.
     unsafe { kernel.launch(stream, launch, &params) }
 }
+
+/// Mirrors `floe::RefillParams`.
+#[repr(C)]
+struct RefillParams {
+    cache: CacheParams,
+    kv: u64,
+    fault: u64,
+    sequence: u32,
+    first: u32,
+    run: u32,
+    num_rows: u32,
+    pieces: u32,
+}
+
+/// Copies the rows of tokens `run` of a sequence from host memory to their places in `kv` [rows, 2, head_dim]: at most as many as
+/// the ring holds where the sequence has slots.
+///
+/// # Errors
+/// Shapes that do not fit; what the driver reports.
+pub fn refill<E: DeviceElem>(
+    stream: &Stream,
+    tables: &Tables<'_>,
+    (sequence, run): (usize, std::ops::Range<usize>),
+    kv: DevMut<'_, E>,
+) -> Result<(), DeviceError> {
+    let shape = tables.shape;
+    if sequence >= tables.sequences.len() {
+        let expected = "one of the sequences";
+        return Err(DeviceError::Unsupported { field: "sequence", value: sequence, expected });
+    }
+    word("position", run.end)?;
+    let num_rows = kv.len() / shape.row_len();
+    kv.check("kv", num_rows * shape.row_len())?;
+    let params = RefillParams {
+        cache: tables.params()?,
+        kv: kv.address(),
+        fault: stream.device().fault_address(),
+        sequence: word("sequence", sequence)?,
+        first: word("position", run.start)?,
+        run: word("run", run.len())?,
+        num_rows: word("kv", num_rows)?,
+        pieces: word("head_dim", shape.row_len() * size_of::<E>() / 16)?,
+    };
+    let kernel = stream.device().kernel("cache_ingest", "cache_refill", 0)?;
+    let blocks = word("run", run.len() * shape.heads)?.div_ceil(JOBS);
+    let launch = Launch { blocks: (blocks, 1), threads: JOBS * 32, shared_bytes: 0 };
+    // SAFETY: the layouts match and every buffer has the checked shape.
+    unsafe { kernel.launch(stream, launch, &params) }
+}

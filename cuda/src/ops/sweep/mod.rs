@@ -26,7 +26,7 @@ use crate::device::{DevMut, DevRef, Device, DeviceBuffer, DeviceError};
 
 pub use scores::{KeyCodes, PageKeys, TokenScoresMut};
 pub use select::{Selection, UnitsMut};
-pub use tail::{TailArgs, TailUnits, ValueCodes};
+pub use tail::{Beside, TailArgs, TailUnits, ValueCodes};
 
 use super::scan::ScanShape;
 
