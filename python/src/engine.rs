@@ -77,7 +77,7 @@ impl PyEngine {
             window,
             dense_layers,
             hot,
-            cold: cold_folder.map(|folder| ColdConfig { folder }),
+            cold: cold_folder.map(ColdConfig::new),
             warm_limit_bytes,
             spans: spans.unwrap_or_default(),
             threads,
