@@ -1,7 +1,7 @@
 //! Prefill with queries: what a host engine calls for every layer of a prompt.
 
-use super::spill::Patience;
 use super::crew::on_threads;
+use super::spill::Patience;
 use super::{Engine, check_finite, check_room, check_rows};
 use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId, TokenPos};
