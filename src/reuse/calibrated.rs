@@ -47,6 +47,9 @@ const SPARSE_LAG_MAX: u32 = 64;
 /// Steps between two anchors of a sparse policy: making one reads the retrieved rows again.
 const SPARSE_GAP: u32 = 4;
 
+/// Fewest tokens that shells are made of: the innermost then holds two.
+const COVERED_MIN: u32 = 64;
+
 /// Fewest retrieved tokens that are worth a ladder.
 const RETRIEVED_MIN: usize = 16;
 
@@ -164,14 +167,15 @@ impl Calibrated {
         (ticket as f64) < f64::from(self.options.lottery) * (1u64 << 53) as f64
     }
 
-    /// The usable anchor whose queries are nearest: least over the anchors of the largest over the heads of `|q - q'|^2 / |q|^2`.
+    /// The usable anchor whose queries are nearest: least over the anchors of the largest over the
+    /// heads of `|q - q'|^2 / |q|^2`; the newest of equals.
     fn nearest(&mut self, query: &ReuseQuery<'_>) -> Option<Arc<Anchor>> {
         let lag_max = if self.base == Base::Exact { LAG_MAX } else { SPARSE_LAG_MAX };
         let (epoch, position, dim) = (self.epoch, query.position, self.dim);
         let mut best: Option<(f32, &Arc<Anchor>)> = None;
         let usable =
             |a: &&Arc<Anchor>| a.epoch == epoch && a.position < position && position - a.position <= lag_max;
-        for anchor in self.anchors.iter().filter(usable) {
+        for anchor in self.anchors.iter().rev().filter(usable) {
             let mut farthest = 0.0f32;
             for head in 0..self.group {
                 let (q, then) = (of_head(query.q_pre, head, dim), of_head(&anchor.q_pre, head, dim));
@@ -388,7 +392,9 @@ impl ReuseCache for Calibrated {
         self.step.phase = Phase::Idle;
         (self.step.accepted, self.step.awaiting, self.step.next) = (false, false, 0);
         self.step.report = ReuseReport::default();
-        if (query.position as usize) < self.options.min_tokens || self.pace.rests() {
+        let covered = covered_end(query.position + 1, self.window, self.sinks) - self.sinks;
+        let too_short = (query.position as usize) < self.options.min_tokens || covered < COVERED_MIN;
+        if too_short || self.pace.rests() {
             return false;
         }
         self.step.report.active = true;

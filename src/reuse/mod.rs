@@ -21,6 +21,8 @@ mod ladder;
 mod mac;
 mod pace;
 mod spec;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 

@@ -55,7 +55,7 @@ pub struct CalibratedOptions {
 
 impl Default for CalibratedOptions {
     fn default() -> Self {
-        Self { max_error: 0.05, lottery: 0.015, anchors: 8, refresh: 16, labels: 256, min_tokens: 2048 }
+        Self { max_error: 0.05, lottery: 0.015, anchors: 8, refresh: 32, labels: 256, min_tokens: 2048 }
     }
 }
 
