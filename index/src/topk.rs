@@ -109,6 +109,10 @@ impl TopK {
 
     /// The selection, best first: the shortest prefix that fills the budget.
     pub fn finish(&mut self) -> &[Ranked] {
+        if self.tokens == self.items.len() {
+            // Fewer to sort.
+            self.cut_singles();
+        }
         self.cut();
         &self.items
     }
