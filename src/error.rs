@@ -73,12 +73,29 @@ pub enum Error {
     /// The hot tier's books do not agree: a fault of this program. The step's result is not given out.
     #[error(transparent)]
     Offload(#[from] crate::transfer::OffloadError),
+    /// Environment: the warm tier is full, by its limit or because the machine has no memory left. Nothing was stored.
+    #[error(transparent)]
+    NoMemory(#[from] crate::page::NoMemory),
     /// A page file: cannot be read or written, is of another shape, or its frame is damaged.
     #[error(transparent)]
     File(#[from] crate::page::file::FileError),
     /// A cold page that is not what was written. It was not used.
     #[error(transparent)]
     Damage(#[from] crate::page::file::Damage),
+    /// The device, its driver, or what a device kernel refuses.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Device(#[from] floe_cuda::device::DeviceError),
+    /// Environment: no room in memory that was set aside for this.
+    #[error("{what}: {needed} needed, {free} free")]
+    NoRoom {
+        /// What ran out.
+        what: &'static str,
+        /// Units needed.
+        needed: usize,
+        /// Units free.
+        free: usize,
+    },
     /// Environment: the worker pool could not be started.
     #[error("worker pool of {threads} threads: {reason}")]
     Pool {
@@ -94,7 +111,13 @@ impl Error {
     #[must_use]
     pub fn is_environment(&self) -> bool {
         match self {
-            Self::Pool { .. } | Self::Offload(_) => true,
+            Self::Pool { .. } | Self::Offload(_) | Self::NoMemory(_) | Self::NoRoom { .. } => true,
+            #[cfg(feature = "cuda")]
+            Self::Device(error) => !matches!(
+                error,
+                floe_cuda::device::DeviceError::Unsupported { .. }
+                    | floe_cuda::device::DeviceError::Kernel(_)
+            ),
             Self::File(error) => error.is_environment(),
             _ => false,
         }

@@ -26,6 +26,8 @@ pub mod select;
 pub mod sim;
 pub mod transfer;
 
+#[cfg(feature = "cuda")]
+pub mod gpu;
 #[cfg(feature = "candle")]
 pub mod host;
 pub mod profile;

@@ -12,11 +12,15 @@ use crate::shape::PAGE_TOKENS;
 use crate::view::{TensorView, widen};
 
 /// Appends `[tokens, num_kv_heads, head_dim]` keys and values to every shard of a layer. Chunks of any size give the
-/// same result, because nothing is published before the first decode step.
+/// same result, because nothing is published before the first decode step. When one shard cannot take the rows, none does.
 pub(crate) fn append(layer: &mut LayerShards, k: &TensorView<'_>, v: &TensorView<'_>) -> Result<()> {
-    layer.shards.par_iter_mut().enumerate().try_for_each(|(head, shard)| shard.pages.append(k, v, head))?;
-    layer.num_tokens += k.shape()[0];
-    Ok(())
+    let shards = layer.shards.par_iter_mut().enumerate();
+    let appended = shards.map(|(head, shard)| shard.pages.append(k, v, head)).reduce(|| Ok(()), Result::and);
+    match appended {
+        Ok(()) => layer.num_tokens += k.shape()[0],
+        Err(_) => layer.shards.iter_mut().for_each(|shard| shard.pages.truncate(layer.num_tokens)),
+    }
+    appended
 }
 
 /// Publishes what a decode step may find: everything at first (the prefill, at once), later whole batches of a page.

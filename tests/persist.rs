@@ -14,6 +14,26 @@ use floe::{Config, DecodeStep, Engine, Error, HeadShape, LayerId, SeqId, StepRep
 const LAYERS: usize = 2;
 const PREFILL: usize = 700;
 
+/// Every policy, and the switches that change what an index keeps.
+const POLICIES: [&str; 16] = [
+    "full",
+    "window",
+    "quest",
+    "pagemean",
+    "pagemean:sketch=k1,tail=page",
+    "oracle",
+    "icecache",
+    "hnsw",
+    "int8",
+    "int4",
+    "kivi2",
+    "floe",
+    "floe:sketch=off,unit=page",
+    "floe:sketch=k1",
+    "floe:sketch=k4v2,tail=page",
+    "floe:open=0.25",
+];
+
 fn layers() -> Vec<Layer> {
     let heads = HeadShape::new(4, 2, 16).unwrap();
     (0..LAYERS as u64).map(|i| Layer::random(heads, 760, 40 + i)).collect()
@@ -50,18 +70,25 @@ fn decode(
 fn a_restored_sequence_goes_on_as_the_saved_one_would_have() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s.kv");
-    for policy in ["floe", "pagemean", "quest", "oracle", "window", "full", "int8"] {
+    let mut differ = Vec::new();
+    for policy in POLICIES {
         let (layers, config, mut engine, seq) = setup(policy);
         decode(&layers, &mut engine, seq, PREFILL..PREFILL + 9);
+        // A batch of tokens joins the index, part of it leaves again: what is saved is no fresh build.
+        decode(&layers, &mut engine, seq, PREFILL + 9..PREFILL + 30);
+        engine.truncate(seq, PREFILL - 60).unwrap();
         engine.save(seq, &path).unwrap();
         let mut other = Engine::open(config).unwrap();
         let restored = other.restore(&path).unwrap();
-        assert_eq!(other.num_tokens(restored, LayerId(1)).unwrap(), PREFILL + 9);
+        assert_eq!(other.num_tokens(restored, LayerId(1)).unwrap(), PREFILL - 60);
         assert_eq!(other.memory(restored).unwrap().kv_allocated_bytes, 0);
-        let rest = PREFILL + 9..760;
+        let rest = PREFILL - 60..760;
         let expected = decode(&layers, &mut engine, seq, rest.clone());
-        assert!(decode(&layers, &mut other, restored, rest) == expected, "{policy}");
+        if decode(&layers, &mut other, restored, rest) != expected {
+            differ.push(policy);
+        }
     }
+    assert!(differ.is_empty(), "{differ:?}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ graph replays over sets of inputs that together exceed the second-level cache, d
 the better one counts: `enable_gqa`, and the group folded into the query length (one decode step's four heads as four queries).
 """
 
+import argparse
 import statistics
 
 import torch
@@ -44,12 +45,18 @@ def copy_gb_s():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", help="BATCHxCONTEXT,...", default=",".join(f"{b}x{c}" for b, c in SHAPES))
+    parser.add_argument("--csv", help="also write batch,context,us to this file, for `floe-bench step --sdpa`")
+    args = parser.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    table = ["batch,context,us"]
     torch.manual_seed(0)
     copy = copy_gb_s()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {copy:.0f} GB/s")
     print("| batch x context | us, enable_gqa | us, group as queries | GB/s | share of copy |")
     print("|---|---:|---:|---:|---:|")
-    for batch, context in SHAPES:
+    for batch, context in shapes:
         size = 2 * batch * KV_HEADS * context * DIM * 2
         sets = max(2, min(160, -(-ROUND_BYTES // size)))
         shape = (sets, batch, KV_HEADS, context, DIM)
@@ -64,7 +71,11 @@ def main():
         best = min(gqa, fold)
         rate = size / best / 1e3
         print(f"| {batch} x {context} | {gqa:.1f} | {fold:.1f} | {rate:.0f} | {100 * rate / copy:.0f} % |", flush=True)
+        table.append(f"{batch},{context},{best:.2f}")
         del k, v
+    if args.csv:
+        with open(args.csv, "w", encoding="utf-8") as file:
+            file.write("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

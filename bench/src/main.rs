@@ -5,7 +5,10 @@ mod index;
 #[cfg(feature = "cuda")]
 mod kernel;
 mod machine;
+mod reuse;
 mod stats;
+#[cfg(feature = "cuda")]
+mod step;
 mod tiers;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +30,11 @@ enum Command {
     Kernel(kernel::Args),
     /// Build, insertion and search of every index kind over growing numbers of tokens, with kept mass and recall.
     Index(index::Args),
+    /// The engine on the device: attention time of a token against full attention, over contexts and batches.
+    #[cfg(feature = "cuda")]
+    Step(step::Args),
+    /// A decode step with reuse against one without, on recorded queries.
+    Reuse(reuse::Args),
     /// Attention over the warm tier's slabs against the same attention over one flat array.
     Tiers(tiers::Args),
 }
@@ -37,6 +45,9 @@ fn main() -> anyhow::Result<()> {
         #[cfg(feature = "cuda")]
         Command::Kernel(args) => kernel::run(&args),
         Command::Index(args) => index::run(&args),
+        #[cfg(feature = "cuda")]
+        Command::Step(args) => step::run(&args),
+        Command::Reuse(args) => reuse::run(&args),
         Command::Tiers(args) => tiers::run(&args),
     }
 }

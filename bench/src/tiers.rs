@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use floe::attend::{AttendScratch, AttentionBackend, CpuBackend, Tokens};
-use floe::page::ShardPages;
+use floe::page::{SLAB_ALIGN, ShardPages};
 use floe::query::GroupQuery;
 use floe::shape::PageShape;
 use floe::state::StateBuf;
@@ -48,7 +48,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         pages.append(&TensorView::contiguous(&k[..], shape)?, &TensorView::contiguous(&v[..], shape)?, 0)?;
         slabs.push(pages);
         let rows = k.chunks_exact(DIM).zip(v.chunks_exact(DIM));
-        flats.push(rows.flat_map(|(k, v)| [k, v].concat()).collect::<Vec<bf16>>());
+        flats.push(Aligned::of(rows.flat_map(|(k, v)| [k, v].concat()).collect()));
     }
     let q: Vec<f32> =
         (0..args.group * DIM).map(|i| bf16::from_f32((i % 97) as f32 / 97.0).to_f32()).collect();
@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             <(floe_cuda::AttendScratch, SplitScratch, StateBuf)>::default();
         let mut merged = StateBuf::default();
         let (mut of_slabs, mut of_flat, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        let samples = if name == "sparse" { args.samples } else { args.samples.div_ceil(20) };
+        let samples = if name == "sparse" { args.samples } else { args.samples.div_ceil(4) };
         for sample in 0..samples + args.shards {
             let mut seconds = [0.0; 2];
             for turn in 0..2 {
@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
                     // The engine merges into the state of sinks and window; so does the rival.
                     merged.reset(args.group, DIM);
                     part.reset(args.group, DIM);
-                    let flat = SliceRows::new(&flats[shard], DIM)?;
+                    let flat = SliceRows::new(flats[shard].elems(), DIM)?;
                     let params = AttendParams { scale: query.scale, softcap: None };
                     let attend = Attend { isa: Isa::best(), q: &q, rows: &flat, params };
                     match &tokens {
@@ -105,7 +105,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         // The same bits, on the same shard.
         state.reset(args.group, DIM);
         backend.attend(&query, &slabs[0], tokens.clone(), &mut scratch, &mut state)?;
-        let flat = SliceRows::new(&flats[0], DIM)?;
+        let flat = SliceRows::new(flats[0].elems(), DIM)?;
         let params = AttendParams { scale: query.scale, softcap: None };
         let attend = Attend { isa: Isa::best(), q: &q, rows: &flat, params };
         part.reset(args.group, DIM);
@@ -130,6 +130,27 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ))?;
     }
     Ok(())
+}
+
+/// A flat array that starts on a cache line, as the slabs do: otherwise alignment would be what is compared.
+struct Aligned {
+    data: Vec<bf16>,
+    first: usize,
+}
+
+impl Aligned {
+    fn of(rows: Vec<bf16>) -> Self {
+        let per_line = SLAB_ALIGN / size_of::<bf16>();
+        let mut data = vec![bf16::ZERO; rows.len() + per_line];
+        let first = data.as_ptr().align_offset(SLAB_ALIGN).min(per_line);
+        data[first..first + rows.len()].copy_from_slice(&rows);
+        data.truncate(first + rows.len());
+        Self { data, first }
+    }
+
+    fn elems(&self) -> &[bf16] {
+        &self.data[self.first..]
+    }
 }
 
 fn print_line(line: &str) -> anyhow::Result<()> {

@@ -10,6 +10,7 @@
 //! | [`cpu::sparse_decode`] | attention of one group of query heads over some rows of one shard |
 //! | [`cpu::dense_decode`] | the same over a long range, split over threads, same bits for any number of threads |
 //! | [`cpu::score_rows`] | scores of a range of rows, for policies that need all of them |
+//! | [`cpu::match_scan`], [`cpu::distances`] | nearest earlier query of a ring, for decode reuse |
 //! | [`cpu::quant::attend`] | attention over int8, int4 or 2-bit keys and values, for comparison |
 //! | [`merge_states`] | log-sum-exp merge of two partial results |
 //! | [`append_kv`], [`gather_rows`] | write new rows, copy chosen rows |

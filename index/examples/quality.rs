@@ -1,15 +1,20 @@
 //! Error of the attention output on recorded traces: sinks, window and retrieved tokens exactly, the rest by the index's tail.
 //!
 //! `FLOE_TRACES=dir cargo run --release -p floe-index --example quality -- [name=value ...]` prints, for each trace and segment, the
-//! mean relative error and the kept mass by budget. Values: `stride` (every n-th query), `budgets`, `index`, `open`, `sketch`.
+//! mean relative error and the kept mass by budget, and the time of search and tail at the last budget (one
+//! thread each; set `RAYON_NUM_THREADS=1` for quiet timings). Values: `stride` (every n-th query), `budgets`, `index`, `open`, `open_mass`, `detail`, `sketch`.
 #![allow(clippy::print_stdout, reason = "a report")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a tool for the bench: a bad file ends it")]
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Mutex;
+use std::time::Instant;
 
 use floe_index::sketch::SketchConfig;
-use floe_index::{Batch, Dci, Flat, Found, KeyIndex, Query, Scratch, SearchParams, Tail, TailOut, Unit};
+use floe_index::{
+    Batch, DETAIL, Dci, Flat, Found, KeyIndex, Query, Scratch, SearchParams, Tail, TailOut, Unit,
+};
 use rayon::prelude::*;
 
 const SINKS: usize = 16;
@@ -48,7 +53,7 @@ fn load(path: &Path) -> Trace {
         .map(|(name, span)| {
             (name.clone(), span[0].as_u64().unwrap() as usize, span[1].as_u64().unwrap() as usize)
         })
-        .filter(|s| s.0 == "story" || s.0 == "answer")
+        .filter(|s| s.0 != "prompt_tail" && s.0 != "question")
         .collect();
     Trace {
         dim: number("head_dim"),
@@ -122,6 +127,8 @@ fn main() {
     let budgets: Vec<usize> =
         options.get("budgets", "96,256,1024").split(',').map(|b| b.parse().unwrap()).collect();
     let open: f32 = options.get("open", "1").parse().unwrap();
+    let open_mass: f32 = options.get("open_mass", "0").parse().unwrap();
+    let detail: f32 = options.get("detail", &DETAIL.to_string()).parse().unwrap();
     let sketch: SketchConfig = options.get("sketch", "off").parse().unwrap();
     let unit = if options.get("unit", "page") == "page" { Unit::Page } else { Unit::Token };
     let tail = match options.get("tail", "tree").as_str() {
@@ -134,6 +141,8 @@ fn main() {
     paths.sort();
     let mut average = vec![0.0f64; budgets.len()];
     let mut cells = 0.0;
+    let (mut spent, mut traces) = ([0.0; 2], 0.0);
+    let repeats: usize = options.get("repeats", "3").parse().unwrap();
     for path in paths {
         let trace = load(&path);
         let mut index: Box<dyn KeyIndex> = match options.get("index", "dci").as_str() {
@@ -145,11 +154,12 @@ fn main() {
             (ids, from * trace.dim..to * trace.dim)
         };
         let (ids, span) = batch(SINKS, trace.until);
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         index.build(&Batch { ids: &ids, keys: &trace.k[span.clone()], values: &trace.v[span] }).unwrap();
         let build = start.elapsed().as_secs_f64() * 1e6 / ids.len() as f64;
         let mut held = trace.until;
         let num_queries = trace.q.len() / trace.group / trace.dim;
+        let times = Mutex::new(Vec::new());
         let mut sums: HashMap<String, (f64, Vec<[f64; 2]>)> = HashMap::new();
         for step in (trace.first..trace.first + num_queries).step_by(16) {
             while held + 16 <= step {
@@ -185,6 +195,8 @@ fn main() {
                                 tail,
                                 node_budget: usize::MAX,
                                 open_fraction: open,
+                                open_mass,
+                                detail,
                             };
                             index.search(&query, &exclude, &params, &mut scratch, &mut found).unwrap();
                             let mut out = vec![0.0; size];
@@ -208,6 +220,29 @@ fn main() {
                             cell
                         })
                         .collect();
+                    // Time of the last budget's search and tail, the least of a few: other work on the machine only adds.
+                    let mut us = [f64::INFINITY; 2];
+                    let params = SearchParams {
+                        budget: budgets[budgets.len() - 1] - SINKS - WINDOW,
+                        unit,
+                        tail,
+                        node_budget: usize::MAX,
+                        open_fraction: open,
+                        open_mass,
+                        detail,
+                    };
+                    let (mut out, mut lse) = (vec![0.0; size], vec![0.0; trace.group]);
+                    for _ in 0..repeats {
+                        let start = Instant::now();
+                        index.search(&query, &exclude, &params, &mut scratch, &mut found).unwrap();
+                        us[0] = us[0].min(start.elapsed().as_secs_f64() * 1e6);
+                        let state = TailOut { out: &mut out, lse: &mut lse };
+                        let start = Instant::now();
+                        index.tail(&query, &exclude, &found, &mut scratch, state).unwrap();
+                        us[1] = us[1].min(start.elapsed().as_secs_f64() * 1e6);
+                    }
+                    let bytes = (found.index_bytes_read + found.tail_bytes_read) as f64;
+                    times.lock().unwrap().push([us[0], us[1], found.pages_refined as f64, bytes]);
                     (segment.clone(), cells)
                 })
                 .collect();
@@ -220,6 +255,23 @@ fn main() {
                 }
             }
         }
+        let times = times.into_inner().unwrap();
+        let mean = |i: usize| times.iter().map(|t| t[i]).sum::<f64>() / times.len() as f64;
+        let pages = index.pages().map_or(0, |view| view.num_pages());
+        println!(
+            "{} tokens of {} x {} heads: search {:.1} + tail {:.1} us, {:.0} of {pages} pages refined, {:.0} KB read",
+            index.len(),
+            trace.dim,
+            trace.group,
+            mean(0),
+            mean(1),
+            mean(2),
+            mean(3) / 1e3
+        );
+        for (i, spent) in spent.iter_mut().enumerate() {
+            *spent += mean(i);
+        }
+        traces += 1.0;
         let memory = index.memory();
         let kv = index.len() * trace.dim * 4;
         println!(
@@ -235,8 +287,9 @@ fn main() {
                 *a += c[0] / n;
             }
         }
-        cells += trace.segments.len() as f64;
+        cells += sums.len() as f64;
     }
     let row: Vec<String> = average.iter().map(|a| format!("{:.4}", a / cells)).collect();
     println!("average error at {budgets:?}: {}", row.join(" "));
+    println!("average search {:.1} us, tail {:.1} us", spent[0] / traces, spent[1] / traces);
 }

@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use floe_index::simd::{Isa, exp};
-use floe_index::sketch::{EncodeScratch, PreparedQuery, Sketch, SketchConfig};
+use floe_index::sketch::{EncodeScratch, Pairs, PreparedQuery, Sketch, SketchConfig, Weights};
 use floe_index::{IndexError, Query};
 
 const DIM: usize = 128;
@@ -93,20 +93,25 @@ fn time_scan(sketch: &Sketch, pages: &[u32], group: usize) {
     let tokens = pages.len() * 16;
     let config = sketch.config();
     let q = noise(group * DIM);
+    let ends: Vec<u32> = (1..=pages.len()).map(|i| (i * group) as u32).collect();
+    let heads: Vec<u16> = pages.iter().flat_map(|_| 0..group as u16).collect();
+    let pairs = Pairs { pages, ends: &ends, heads: &heads };
     let mut prepared = PreparedQuery::default();
     let query = Query { q: &q, group, scale: 0.1, attended_lse: &[] };
     if config.v_bits() == 0 || config.k_bits() == 4 {
         let prepare = median(|| sketch.prepare(&query, config.k_bits(), &mut prepared));
         let mut out = vec![0.0; pages.len() * group * 16];
-        let seconds = median(|| sketch.score(black_box(&prepared), black_box(pages), black_box(&mut out)));
+        let seconds = median(|| sketch.score(black_box(&prepared), black_box(&pairs), black_box(&mut out)));
         let what = format!("k{} score, group {group}", config.k_bits());
         row(&what, seconds, tokens, (tokens * (config.k_bits() * DIM / 8 + 2)) as f64);
         println!("|   prepare: {:.2} us | | |", prepare * 1e6);
     }
     if config.v_bits() > 0 {
         let weights: Vec<f32> = noise(pages.len() * group * 16).iter().map(|x| x.exp()).collect();
-        let mut acc = vec![0.0; group * sketch.padded_dim()];
-        let seconds = median(|| sketch.add_weighted(black_box(pages), black_box(&weights), &mut acc));
+        let sums: Vec<f32> = weights.chunks_exact(16).map(|w| w.iter().sum()).collect();
+        let (mut acc, least) = (vec![0.0; group * sketch.padded_dim()], vec![0.0; group]);
+        let by = Weights { tokens: &weights, sums: &sums, least: &least };
+        let seconds = median(|| sketch.add_weighted(black_box(&pairs), black_box(by), &mut acc));
         let what = format!("v{} tail, group {group}", config.v_bits());
         row(&what, seconds, tokens, (tokens * (config.v_bits() * DIM / 8 + 2)) as f64);
     }

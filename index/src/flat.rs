@@ -6,14 +6,16 @@
 use crate::blocks::LANES;
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Members, Pages, Removed};
 use crate::scratch::Scratch;
-use crate::search::{Pass, tail};
+use crate::search::Pass;
 use crate::simd::Isa;
 use crate::sketch::SketchConfig;
 use crate::snapshot::{Kind, Reader, Writer};
+use crate::tail::tail;
 
 /// See the module documentation.
 #[derive(Clone, Debug)]
@@ -56,6 +58,8 @@ impl Flat {
         let mut from = Reader::new(bytes, Kind::Flat)?;
         let pages = Pages::read_from(&mut from)?;
         from.finish()?;
+        let at_home = |(page, &entry): (usize, &u32)| entry == u32::MAX || entry as usize == page;
+        from.check(pages.entry_of.iter().enumerate().all(at_home), "a page away from its entry")?;
         Ok(Self { isa: Isa::detect(), pages })
     }
 
@@ -64,10 +68,10 @@ impl Flat {
         Self { isa, pages }
     }
 
-    /// An empty entry at the end of the page blocks, or one freed by removal.
+    /// An empty entry at the end of the page blocks, or one freed by removal: page `i` has entry `i`.
     fn next_entry(&mut self) -> usize {
         if let Some(&page) = self.pages.free.last() {
-            return self.pages.entry_of[page as usize] as usize;
+            return page as usize;
         }
         let used = self.pages.num_pages();
         if used == self.pages.blocks.count.len() {
@@ -176,6 +180,10 @@ impl KeyIndex for Flat {
         state: TailOut<'_>,
     ) -> Result<(), IndexError> {
         tail(self.isa, (&self.pages, &[]), (query, found, scratch), state)
+    }
+
+    fn pages(&self) -> Option<PageView<'_>> {
+        Some(PageView::of(&self.pages))
     }
 
     fn memory(&self) -> MemoryReport {

@@ -4,14 +4,13 @@ use crate::blocks::LANES;
 use crate::check;
 use crate::error::IndexError;
 use crate::index::{Hit, Query, TailOut};
+use crate::simd::codes::Pairs;
 use crate::simd::dense;
 
 /// Level of a part whose entries are young tokens.
 pub(crate) const YOUNG: u8 = u8::MAX;
-/// Level of a part whose entries are the tokens of one page; its `block` is the page's place in the frontier.
-pub(crate) const TOKENS: u8 = u8::MAX - 1;
 /// Level of a part of pages that answer in the tail but are not up for selection.
-pub(crate) const SILENT: u8 = u8::MAX - 2;
+pub(crate) const SILENT: u8 = u8::MAX - 1;
 
 /// Caller-owned answer of `KeyIndex::search`; reuse it so that nothing is allocated after warm-up.
 #[derive(Debug, Default)]
@@ -76,9 +75,6 @@ impl Found {
     }
 }
 
-/// The same for a page that is not up for selection.
-pub(crate) const SILENT_TOKENS: u8 = u8::MAX - 3;
-
 /// One scored block of the frontier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
@@ -89,8 +85,8 @@ pub(crate) struct Part {
 
 /// Every scored block, with what of each entry is left for the tail.
 ///
-/// Parts come in a fixed order (tree levels from the top, page blocks by index, young tokens, tokens of pages) so that sums over
-/// them are the same on every run; a search that opened everything has no tree parts and equals a flat scan bit by bit.
+/// Parts come in a fixed order (tree levels from the top, page blocks by index, young tokens) so that sums over them are the
+/// same on every run; a search that opened everything has no tree parts and equals a flat scan bit by bit.
 #[derive(Debug, Default)]
 pub(crate) struct Frontier {
     pub parts: Vec<Part>,
@@ -100,6 +96,12 @@ pub(crate) struct Frontier {
     pub rest: Vec<f32>,
     /// `[parts, 16]` lanes of a page that are selected or excluded.
     pub taken: Vec<u16>,
+    /// `[parts, group, 16]` exponentials of the logits less `shift`; 0 where a page's tokens stand for it.
+    pub exps: Vec<f32>,
+    /// `[group]` what exponentials are relative to.
+    pub shift: Vec<f32>,
+    /// Pages whose tokens stand for themselves.
+    pub refined: Refined,
     /// Rows that `logits` and `rest` are about, in an index of single tokens.
     pub rows: Vec<u32>,
     pub group: usize,
@@ -115,6 +117,7 @@ impl Frontier {
         self.logits.clear();
         self.rest.clear();
         self.taken.clear();
+        self.refined.clear();
         self.rows.clear();
     }
 
@@ -142,5 +145,75 @@ impl Frontier {
     /// Remaining tokens `[16]` of a part.
     pub fn rest_of(&self, part: usize) -> &[f32] {
         &self.rest[part * LANES..(part + 1) * LANES]
+    }
+}
+
+/// Pages told apart into their tokens, each for the heads to which it matters: its pairs, in the order of the pages.
+#[derive(Debug, Default)]
+pub(crate) struct Refined {
+    /// `[pages]` page numbers.
+    pub pages: Vec<u32>,
+    /// `[pages]` where their pairs end.
+    pub ends: Vec<u32>,
+    /// `[pairs]` heads, rising within a page.
+    pub heads: Vec<u16>,
+    /// `[pages]` place of the page in the frontier: part times 16 plus lane.
+    pub places: Vec<u32>,
+    /// `[pages]` lanes neither selected nor excluded when the page was told apart.
+    pub left: Vec<u16>,
+    /// `[pairs, 16]` logits without the centre's share; minus infinity where the lane is not left or was selected. Behind them
+    /// those of larger searches before: filling them anew would cost as much as scoring.
+    logits: Vec<f32>,
+    /// `[pairs, 16]` exponentials of the logits less the frontier's `shift`, likewise.
+    weights: Vec<f32>,
+}
+
+impl Refined {
+    fn clear(&mut self) {
+        self.pages.clear();
+        self.ends.clear();
+        self.heads.clear();
+        self.places.clear();
+        self.left.clear();
+    }
+
+    /// Makes room for the tokens of all pairs: pairs, `left`, then logits and weights, to be written.
+    pub fn tokens_mut(&mut self) -> (Pairs<'_>, &[u16], &mut [f32], &mut [f32]) {
+        let len = self.heads.len() * LANES;
+        if self.logits.len() < len {
+            self.logits.resize(len, 0.0);
+            self.weights.resize(len, 0.0);
+        }
+        let pairs = Pairs { pages: &self.pages, ends: &self.ends, heads: &self.heads };
+        (pairs, &self.left, &mut self.logits[..len], &mut self.weights[..len])
+    }
+
+    /// Logits `[pairs, 16]`.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits[..self.heads.len() * LANES]
+    }
+
+    /// Weights `[pairs, 16]`.
+    pub fn weights(&self) -> &[f32] {
+        &self.weights[..self.heads.len() * LANES]
+    }
+
+    /// Pages and heads as the kernels read them.
+    pub fn pairs(&self) -> Pairs<'_> {
+        Pairs { pages: &self.pages, ends: &self.ends, heads: &self.heads }
+    }
+
+    /// Pairs of the page at `at`.
+    pub fn pairs_of(&self, at: usize) -> std::ops::Range<usize> {
+        let start = at.checked_sub(1).map_or(0, |before| self.ends[before] as usize);
+        start..self.ends[at] as usize
+    }
+
+    /// Takes a token of the page at `at` out of what stands for itself.
+    pub fn take(&mut self, at: usize, lane: usize) {
+        for pair in self.pairs_of(at) {
+            self.logits[pair * LANES + lane] = f32::NEG_INFINITY;
+            self.weights[pair * LANES + lane] = 0.0;
+        }
     }
 }

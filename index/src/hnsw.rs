@@ -21,6 +21,7 @@ use hnsw_rs::anndists::dist::Distance;
 
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::flat::check_dim;
 use crate::found::Found;
 use crate::idmap::{IdMap, Place};
@@ -217,7 +218,8 @@ impl Hnsw {
         })
     }
 
-    /// The index that `snapshot` wrote. The graph is built again from its tokens: the same one if none had been removed.
+    /// The index that `snapshot` wrote. The graph is built again from its tokens, those that were removed and still are ways
+    /// through included, in their order: the same one.
     ///
     /// # Errors
     /// `Snapshot` for any other bytes.
@@ -227,8 +229,19 @@ impl Hnsw {
         let config = HnswConfig { m: from.len()?, ef_construction: from.len()?, ef_search: from.len()? };
         let mut index = Self::new(dim, config).map_err(|_| from.damaged("a constant is out of range"))?;
         let (ids, keys) = keys16::read(&mut from, dim)?;
+        let gone: Vec<bool> = from.take(ids.len())?.iter().map(|&gone| gone != 0).collect();
         from.finish()?;
         index.append(&ids, &keys);
+        // A position that was cut off and decoded again is there twice, once as gone.
+        index.map = IdMap::default();
+        for (slot, (&id, gone)) in ids.iter().zip(&gone).enumerate() {
+            if !gone {
+                from.check(index.map.get(id).is_none(), "an id occurs twice")?;
+                index.map.set(id, Place::Slot(slot));
+            }
+        }
+        index.num_gone = gone.iter().filter(|gone| **gone).count();
+        index.gone = gone;
         Ok(index)
     }
 
@@ -429,6 +442,10 @@ impl KeyIndex for Hnsw {
         found.empty_tail(query, (self.dim, self.stamp), state)
     }
 
+    fn pages(&self) -> Option<PageView<'_>> {
+        None
+    }
+
     fn memory(&self) -> MemoryReport {
         MemoryReport {
             ids_bytes: 4 * self.ids.capacity() + self.gone.capacity() + self.map.size_bytes(),
@@ -443,10 +460,8 @@ impl KeyIndex for Hnsw {
         for x in [self.config.m, self.config.ef_construction, self.config.ef_search] {
             to.len(x);
         }
-        let live = || (0..self.ids.len()).filter(|&slot| !self.gone[slot]);
-        let ids: Vec<KeyId> = live().map(|slot| self.ids[slot]).collect();
-        let rows = live().map(|slot| &self.keys[slot * self.dim..(slot + 1) * self.dim]);
-        keys16::write(&mut to, &ids, rows);
+        keys16::write(&mut to, &self.ids, self.keys.chunks_exact(self.dim));
+        to.bytes(&self.gone.iter().map(|&gone| u8::from(gone)).collect::<Vec<u8>>());
         to.finish()
     }
 }

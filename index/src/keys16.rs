@@ -46,16 +46,13 @@ pub(crate) fn write<'a>(to: &mut Writer, ids: &[KeyId], rows: impl Iterator<Item
     }
 }
 
-/// What [`write`] appended: ids `[n]`, all different, and keys `[n, dim]`, finite.
+/// What [`write`] appended: ids `[n]` and keys `[n, dim]`, finite.
 pub(crate) fn read(from: &mut Reader<'_>, dim: usize) -> Result<(Vec<KeyId>, Vec<bf16>), IndexError> {
     let len = from.len()?;
     let ids = from.u32s(len)?;
     let size = len.checked_mul(dim).ok_or_else(|| from.damaged("length"))?;
     let keys: Vec<bf16> = from.u16s(size)?.into_iter().map(bf16::from_bits).collect();
     from.check(keys.iter().all(|k| k.is_finite()), "a number is not finite")?;
-    let mut sorted = ids.clone();
-    sorted.sort_unstable();
-    from.check(sorted.windows(2).all(|w| w[0] < w[1]), "an id occurs twice")?;
     Ok((ids, keys))
 }
 

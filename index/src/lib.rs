@@ -6,6 +6,7 @@ mod blocks;
 mod check;
 mod dci;
 mod error;
+pub mod export;
 mod flat;
 mod found;
 mod frame;
@@ -17,6 +18,7 @@ mod index;
 mod keys16;
 mod pages;
 mod quant;
+mod refine;
 mod rotate;
 mod rows;
 mod scratch;
@@ -24,6 +26,7 @@ mod search;
 pub mod simd;
 pub mod sketch;
 mod snapshot;
+mod tail;
 mod tokens;
 mod topk;
 
@@ -34,8 +37,9 @@ pub use found::Found;
 pub use hnsw::{Hnsw, HnswConfig};
 pub use icecache::Icecache;
 pub use index::{
-    Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
+    Batch, DETAIL, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
 };
+pub use pages::ROTATION_SEED;
 pub use rotate::{DIM_MAX, Rotation};
 pub use scratch::Scratch;
 pub use tokens::FlatTokens;

@@ -6,6 +6,7 @@
 
 use crate::blocks::{Blocks, LANES, Summary};
 use crate::error::IndexError;
+use crate::export::Journal;
 use crate::frame::Frame;
 use crate::grow::grow_by;
 use crate::idmap::{IdMap, Place};
@@ -13,8 +14,8 @@ use crate::index::{KeyId, MAX_DIM, MemoryReport};
 use crate::sketch::{EncodeScratch, Sketch, SketchConfig};
 use crate::snapshot::{Reader, Writer};
 
-/// One rotation for all shards: it only has to be unrelated to the data.
-const ROTATION_SEED: u64 = 0x666c_6f65;
+/// Seed of the one rotation of all shards' sketches: it only has to be unrelated to the data.
+pub const ROTATION_SEED: u64 = 0x666c_6f65;
 
 /// Tokens of one future page, in the frame.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +52,8 @@ pub(crate) struct Pages {
     encoder: EncodeScratch,
     /// Changes with every mutation, so that a stale `Found` is recognised.
     pub stamp: u64,
+    /// Pages that changed lately.
+    pub journal: Journal,
 }
 
 fn mean_into(rows: &[f32], dim: usize, out: &mut [f32]) {
@@ -80,6 +83,7 @@ impl Pages {
             sketch: keep.then(|| Sketch::new(sketch, dim, ROTATION_SEED)).transpose()?,
             encoder: EncodeScratch::default(),
             stamp: 0,
+            journal: Journal::default(),
         })
     }
 
@@ -120,6 +124,7 @@ impl Pages {
             self.map.set(id, Place::Slot(page * LANES + lane));
         }
         self.stamp += 1;
+        self.journal.log(page);
     }
 
     /// Codes of a page's tokens, relative to its means as stored: their rounding is coded along with the residual.
@@ -189,6 +194,7 @@ impl Pages {
                 }
                 self.map.remove(id);
                 self.stamp += 1;
+                self.journal.log(page);
                 if self.live[page] == 0 {
                     self.blocks.clear(entry);
                     self.free.push(page as u32);
@@ -215,7 +221,8 @@ impl Pages {
         MemoryReport {
             summaries_bytes: self.blocks.size_bytes()
                 + 2 * self.live.capacity()
-                + 4 * (self.entry_of.capacity() + self.free.capacity()),
+                + 4 * (self.entry_of.capacity() + self.free.capacity())
+                + self.journal.size_bytes(),
             codes_bytes: self.sketch.as_ref().map_or(0, Sketch::size_bytes),
             ids_bytes: 4 * self.ids.capacity() + self.map.size_bytes(),
             young_bytes: self.young.size_bytes(),
@@ -265,6 +272,7 @@ impl Pages {
             sketch.read_from(bytes)?;
         }
         pages.link(from)?;
+        pages.journal.log_all();
         Ok(pages)
     }
 

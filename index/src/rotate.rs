@@ -53,6 +53,21 @@ impl Rotation {
         self.dim
     }
 
+    /// The rotation as a matrix `[dim, dim]` f32, row-major: row `i` times `x` is coordinate `i` of the rotated `x`, up to rounding.
+    pub fn matrix(&self) -> Vec<f32> {
+        let mut matrix = vec![0.0; self.dim * self.dim];
+        let mut axis = vec![0.0; self.dim];
+        for column in 0..self.dim {
+            axis.fill(0.0);
+            axis[column] = 1.0;
+            self.apply(&mut axis);
+            for (row, &x) in matrix.chunks_exact_mut(self.dim).zip(&axis) {
+                row[column] = x;
+            }
+        }
+        matrix
+    }
+
     /// Rotates `x` `[dim]` f32 in place.
     ///
     /// # Panics

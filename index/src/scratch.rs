@@ -35,10 +35,28 @@ pub struct Scratch {
     pub(crate) prepared: PreparedQuery,
     /// `[group]` what a token's score gains per squared scale of its code.
     pub(crate) spread: Vec<f32>,
-    /// Pages whose tokens are scored.
-    pub(crate) pages: Vec<u32>,
-    /// `[parts, group, 16]` weights of pages that their tokens carry.
+    /// `[group]` what a page's score gains per spread before it is told apart, and the score above which it is.
+    pub(crate) boost: Vec<f32>,
+    pub(crate) limit: Vec<f32>,
+    /// `[group]` lanes of a block told apart.
+    pub(crate) masks: Vec<u16>,
+    /// `[pages]` where the logit of a refined page's first head lies, and its spread.
+    pub(crate) homes: Vec<u32>,
+    pub(crate) of_page: Vec<f32>,
+    /// `[pages, 16]` best score of each refined token over the heads, `[pages]` the best of those.
+    pub(crate) best: Vec<f32>,
+    pub(crate) tops: Vec<f32>,
+    /// The same of pages that are up for selection.
+    pub(crate) expected: Vec<f32>,
+    /// `[pairs]` weight of a page that its tokens carry.
     pub(crate) carried: Vec<f32>,
+    /// `[group]` mass of a tail and its inverse.
+    pub(crate) masses: Vec<f64>,
+    pub(crate) inverse: Vec<f32>,
+    /// `[group]` mass of a page below which its values are not told apart.
+    pub(crate) least: Vec<f32>,
+    /// Logits and weights of a tail far below what was selected.
+    pub(crate) deep: Deep,
     /// `[group, padded_dim]` sums of value residuals.
     pub(crate) residual: Vec<f32>,
     pub(crate) hnsw: HnswScratch,
@@ -50,4 +68,19 @@ pub struct Scratch {
 pub(crate) struct Hidden {
     pub entry: u32,
     pub lanes: u16,
+}
+
+/// Exponentials of a tail, taken again relative to its own largest logit.
+#[derive(Debug, Default)]
+pub(crate) struct Deep {
+    /// `[parts, group, 16]`
+    pub logits: Vec<f32>,
+    /// `[parts, group, 16]`
+    pub exps: Vec<f32>,
+    /// `[pairs, 16]`
+    pub weights: Vec<f32>,
+    /// `[group]`
+    pub shift: Vec<f32>,
+    /// `[group, 16]`
+    pub sums: Vec<f32>,
 }

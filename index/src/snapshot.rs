@@ -9,7 +9,7 @@
 use crate::error::IndexError;
 
 /// Layout of the body; older ones are refused by name.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const MAGIC: [u8; 7] = *b"floeidx";
 
 /// Which implementation wrote the bytes.
@@ -61,6 +61,10 @@ impl Writer {
     }
 
     pub fn f32s(&mut self, x: &[f32]) {
+        self.0.extend(x.iter().flat_map(|x| x.to_le_bytes()));
+    }
+
+    pub fn f64s(&mut self, x: &[f64]) {
         self.0.extend(x.iter().flat_map(|x| x.to_le_bytes()));
     }
 
@@ -156,6 +160,13 @@ impl<'a> Reader<'a> {
     /// Finite numbers.
     pub fn f32s(&mut self, len: usize) -> Result<Vec<f32>, IndexError> {
         let numbers: Vec<f32> = self.words::<4>(len)?.map(f32::from_le_bytes).collect();
+        self.check(numbers.iter().all(|x| x.is_finite()), "a number is not finite")?;
+        Ok(numbers)
+    }
+
+    /// Finite numbers.
+    pub fn f64s(&mut self, len: usize) -> Result<Vec<f64>, IndexError> {
+        let numbers: Vec<f64> = self.words::<8>(len)?.map(f64::from_le_bytes).collect();
         self.check(numbers.iter().all(|x| x.is_finite()), "a number is not finite")?;
         Ok(numbers)
     }

@@ -3,6 +3,7 @@
 
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::flat::check_dim;
 use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
@@ -128,6 +129,10 @@ impl KeyIndex for FlatTokens {
             }
         }
         Ok(())
+    }
+
+    fn pages(&self) -> Option<PageView<'_>> {
+        None
     }
 
     fn memory(&self) -> MemoryReport {

@@ -37,6 +37,8 @@ impl Ranked {
 #[derive(Debug, Default)]
 pub(crate) struct TopK {
     items: Vec<Ranked>,
+    /// Tokens of the items.
+    tokens: usize,
     budget: usize,
     limit: usize,
     /// Scores at or below this cannot be selected.
@@ -47,19 +49,47 @@ impl TopK {
     /// Starts a selection of at most `budget` tokens.
     pub fn start(&mut self, budget: usize) {
         self.items.clear();
+        self.tokens = 0;
         self.budget = budget;
         self.limit = (budget / 4).max(32);
         self.threshold = if budget == 0 { f32::INFINITY } else { f32::NEG_INFINITY };
     }
 
+    /// Raises the threshold: `scores` are those of single tokens, each of which will be offered if it is above it, and the best
+    /// `budget` of them leave no room for any below. `scores` are reordered.
+    pub fn expect(&mut self, scores: &mut [f32]) {
+        if (1..scores.len()).contains(&self.budget) {
+            let (_, last, _) = scores.select_nth_unstable_by(self.budget - 1, |a, b| b.total_cmp(a));
+            // The last one itself may be selected.
+            self.threshold = self.threshold.max(last.next_down());
+        }
+    }
+
     /// Offers an entry whose score is above the threshold.
     pub fn offer(&mut self, item: Ranked) {
         self.items.push(item);
+        self.tokens += item.tokens();
         if self.items.len() >= self.limit {
-            self.cut();
-            // Entries of one token each need a buffer of the whole budget.
-            self.limit = self.limit.max(2 * self.items.len());
+            if self.tokens == self.items.len() {
+                self.cut_singles();
+            } else {
+                self.cut();
+                // Entries of one token each need a buffer of the whole budget.
+                self.limit = self.limit.max(2 * self.items.len());
+            }
         }
+    }
+
+    /// `cut` for entries of one token each, which need no order yet.
+    fn cut_singles(&mut self) {
+        if self.items.len() > self.budget {
+            // An empty budget is never offered anything.
+            let (_, last, _) = self.items.select_nth_unstable(self.budget - 1);
+            self.threshold = last.score();
+            self.items.truncate(self.budget);
+            self.tokens = self.budget;
+        }
+        self.limit = self.limit.max(2 * self.budget);
     }
 
     /// Sorts and drops what lies behind a full budget.
@@ -74,6 +104,7 @@ impl TopK {
             self.items.truncate(last + 1);
             self.threshold = self.items[last].score();
         }
+        self.tokens = tokens;
     }
 
     /// The selection, best first: the shortest prefix that fills the budget.
@@ -102,12 +133,12 @@ mod tests {
 
     #[test]
     fn selection_equals_a_full_sort_with_ties_by_place() {
-        for budget in [0usize, 1, 7, 100, 5000] {
+        for (budget, most) in [0usize, 1, 7, 100, 5000].into_iter().flat_map(|b| [(b, 16), (b, 1)]) {
             let mut state = 1u32;
             let items: Vec<Ranked> = (0..3000)
                 .map(|place| {
                     state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    Ranked::new((state >> 26) as f32 - 20.0, place, 1 + (state as usize >> 8) % 16)
+                    Ranked::new((state >> 26) as f32 - 20.0, place, 1 + (state as usize >> 8) % most)
                 })
                 .collect();
             let mut top = TopK::default();

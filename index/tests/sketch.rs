@@ -4,7 +4,7 @@ mod trace;
 
 use floe_index::Query;
 use floe_index::simd::Isa;
-use floe_index::sketch::{EncodeScratch, PreparedQuery, Sketch, SketchConfig};
+use floe_index::sketch::{EncodeScratch, Pairs, PreparedQuery, Sketch, SketchConfig, Weights};
 use proptest::prelude::*;
 use trace::Trace;
 
@@ -45,6 +45,29 @@ fn filled(config: SketchConfig, dim: usize, rows: &[Vec<f32>], isa: Isa) -> Sket
         sketch.encode(slot, Some(row), Some(row), &mut scratch);
     }
     sketch
+}
+
+/// Every head asks every page.
+struct All {
+    pages: Vec<u32>,
+    ends: Vec<u32>,
+    heads: Vec<u16>,
+}
+
+impl All {
+    fn new(pages: &[u32], group: usize) -> Self {
+        let ends = (1..=pages.len()).map(|i| (i * group) as u32).collect();
+        let heads = pages.iter().flat_map(|_| 0..group as u16).collect();
+        Self { pages: pages.to_vec(), ends, heads }
+    }
+
+    fn pairs(&self) -> Pairs<'_> {
+        Pairs { pages: &self.pages, ends: &self.ends, heads: &self.heads }
+    }
+}
+
+fn sums_of(weights: &[f32]) -> Vec<f32> {
+    weights.chunks_exact(16).map(|w| w.iter().sum()).collect()
 }
 
 fn bytes(sketch: &Sketch) -> Vec<u8> {
@@ -105,19 +128,74 @@ fn codes_scores_and_sums_are_the_same_bits_on_every_instruction_set() {
 
 fn scores_and_sums(sketch: &Sketch, q: &[f32], group: usize, weights: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let pages: Vec<u32> = (0..sketch.num_pages() as u32).rev().collect();
+    let all = All::new(&pages, group);
     let (mut scores, mut sums) = (Vec::new(), Vec::new());
     let mut prepared = PreparedQuery::default();
     for planes in [1, 2, 4].into_iter().filter(|p| *p <= sketch.config().k_bits()) {
         sketch.prepare(&Query { q, group, scale: 0.3, attended_lse: &[] }, planes, &mut prepared);
         let mut out = vec![f32::NAN; pages.len() * group * 16];
-        sketch.score(&prepared, &pages, &mut out);
+        sketch.score(&prepared, &all.pairs(), &mut out);
         scores.extend(out);
     }
     if sketch.config().v_bits() > 0 {
         sums.resize(group * sketch.padded_dim(), 0.0);
-        sketch.add_weighted(&pages, &weights[..pages.len() * group * 16], &mut sums);
+        let weights: Vec<f32> = weights[..pages.len() * group * 16].iter().map(|w| w.abs()).collect();
+        let by = Weights { tokens: &weights, sums: &sums_of(&weights), least: &vec![-1.0; group] };
+        sketch.add_weighted(&all.pairs(), by, &mut sums);
     }
     (scores, sums)
+}
+
+#[test]
+fn some_heads_of_some_pages_get_what_all_heads_of_all_pages_get() {
+    for (dim, group) in [(64, 7), (80, 3), (96, 9), (128, 6), (256, 2)] {
+        let mut gaussian = Gaussian(dim as u64);
+        let rows: Vec<_> = (0..16 * 9).map(|_| gaussian.vec(dim)).collect();
+        for config in all_configs().into_iter().filter(|c| c.k_bits() > 0 && c.v_bits() > 0) {
+            for isa in Isa::all_available() {
+                let sketch = filled(config, dim, &rows, isa);
+                let mut prepared = PreparedQuery::default();
+                let q = gaussian.vec(group * dim);
+                let query = Query { q: &q, group, scale: 0.3, attended_lse: &[] };
+                sketch.prepare(&query, config.k_bits(), &mut prepared);
+                let pages = [7u32, 0, 3, 8];
+                let all = All::new(&pages, group);
+                let mut wanted = vec![0.0; pages.len() * group * 16];
+                sketch.score(&prepared, &all.pairs(), &mut wanted);
+                // Page 0 is asked by nobody, the others by every third head.
+                let asks = |i: usize, h: usize| pages[i] != 0 && (i + h).is_multiple_of(3);
+                let mut some = All { heads: Vec::new(), ends: Vec::new(), ..All::new(&pages, 0) };
+                let mut picked = Vec::new();
+                let mut weights = vec![0.0; wanted.len()];
+                let mut some_weights = Vec::new();
+                for i in 0..pages.len() {
+                    for h in (0..group).filter(|&h| asks(i, h)) {
+                        let row = (i * group + h) * 16..(i * group + h + 1) * 16;
+                        some.heads.push(h as u16);
+                        picked.extend_from_slice(&wanted[row.clone()]);
+                        weights[row.clone()].fill_with(|| gaussian.next().abs());
+                        some_weights.extend_from_slice(&weights[row]);
+                    }
+                    some.ends.push(some.heads.len() as u32);
+                }
+                let mut out = vec![0.0; picked.len()];
+                sketch.score(&prepared, &some.pairs(), &mut out);
+                assert_eq!(out, picked, "{config}, dim {dim}, {isa:?}");
+                let mut sums =
+                    [vec![0.0; group * sketch.padded_dim()], vec![0.0; group * sketch.padded_dim()]];
+                // Pairs that do not ask have no weight; a second head is cut off by its least sum.
+                let least: Vec<f32> = (0..group).map(|h| if h == 1 { 1e9 } else { 0.0 }).collect();
+                let by = Weights { tokens: &weights, sums: &sums_of(&weights), least: &least };
+                sketch.add_weighted(&all.pairs(), by, &mut sums[0]);
+                let by = Weights { tokens: &some_weights, sums: &sums_of(&some_weights), least: &least };
+                sketch.add_weighted(&some.pairs(), by, &mut sums[1]);
+                let padded = sketch.padded_dim();
+                assert!(sums[0][padded..2 * padded].iter().all(|x| *x == 0.0));
+                assert!(sums[0][..padded].iter().any(|x| *x != 0.0));
+                assert_eq!(sums[0], sums[1], "{config}, dim {dim}, {isa:?}");
+            }
+        }
+    }
 }
 
 proptest! {
@@ -155,7 +233,7 @@ fn scores_agree_with_decoded_residuals_within_the_query_rounding() {
             );
             let pages = [3, 0, 2];
             let mut out = vec![0.0; pages.len() * group * 16];
-            sketch.score(&prepared, &pages, &mut out);
+            sketch.score(&prepared, &All::new(&pages, group).pairs(), &mut out);
             let mut residual = vec![0.0; dim];
             for (i, page) in pages.iter().enumerate() {
                 for (g, q) in q.chunks(dim).enumerate() {
@@ -192,27 +270,30 @@ fn sums_agree_with_decoded_residuals_within_the_weight_rounding() {
                 gaussian.vec(pages.len() * group * 16).iter().map(|x| (3.0 * x).exp()).collect();
             let padded = sketch.padded_dim();
             let mut acc = vec![0.0; group * padded];
-            sketch.add_weighted(&pages, &weights, &mut acc);
+            let all = All::new(&pages, group);
+            let by = Weights { tokens: &weights, sums: &sums_of(&weights), least: &vec![0.0; group] };
+            sketch.add_weighted(&all.pairs(), by, &mut acc);
             let mut residual = vec![0.0; dim];
             for (g, acc) in acc.chunks_mut(padded).enumerate() {
                 sketch.finish(acc);
                 let mut exact = vec![0.0f64; dim];
                 let mut bound_sq = 0.0;
                 for (i, page) in pages.iter().enumerate() {
-                    let mut most: f64 = 0.0;
+                    let mut sum: f64 = 0.0;
                     let mut norm_most: f64 = 0.0;
                     for t in 0..16 {
                         sketch.value_residual(*page as usize * 16 + t, &mut residual);
                         let w = f64::from(weights[(i * group + g) * 16 + t]);
                         let norm = dot(&residual, &residual).sqrt();
-                        most = most.max(w * norm);
+                        sum += w;
                         norm_most = norm_most.max(norm);
                         for (exact, x) in exact.iter_mut().zip(&residual) {
                             *exact += w * f64::from(*x);
                         }
                     }
-                    // 1/254 of the largest product for each of 16 tokens; scales differ from norms by less than 3.
-                    bound_sq += (16.0 * 3.0 * most / 254.0).powi(2);
+                    // 1/254 of the sum times the largest scale for each of 16 tokens, incoherently; scales differ from norms by
+                    // less than 3.
+                    bound_sq += (4.0 * 3.0 * sum * norm_most / 254.0).powi(2);
                 }
                 let off: f64 = exact.iter().zip(&acc[..dim]).map(|(e, a)| (e - f64::from(*a)).powi(2)).sum();
                 assert!(off <= bound_sq, "{config} dim {dim}: {} {}", off.sqrt(), bound_sq.sqrt());
@@ -273,7 +354,7 @@ fn first_planes_are_the_signs_and_score_nearly_as_narrower_codes_do() {
         let mut prepared = PreparedQuery::default();
         sketch.prepare(&query, planes, &mut prepared);
         let mut out = vec![0.0; rows.len() * 8];
-        sketch.score(&prepared, &pages, &mut out);
+        sketch.score(&prepared, &All::new(&pages, 8).pairs(), &mut out);
         let (mut off, mut energy) = (0.0, 0.0);
         for (slot, row) in rows.iter().enumerate() {
             for (g, q) in q.chunks(128).enumerate() {
@@ -397,7 +478,7 @@ fn logits_of_recorded_heads_are_estimated_as_theory_says() {
                 let query = Query { q, group: trace.group, scale: trace.scale, attended_lse: &[] };
                 sketch.prepare(&query, config.k_bits(), &mut prepared);
                 let mut out = vec![0.0; num_tokens * trace.group];
-                sketch.score(&prepared, &pages, &mut out);
+                sketch.score(&prepared, &All::new(&pages, trace.group).pairs(), &mut out);
                 for (slot, residual) in residuals.iter().enumerate().step_by(7) {
                     for (g, q) in q.chunks(dim).enumerate() {
                         let exact = dot(q, residual) * f64::from(trace.scale);

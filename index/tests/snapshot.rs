@@ -5,7 +5,9 @@ mod common;
 
 use common::clustered;
 use floe_index::sketch::SketchConfig;
-use floe_index::{Dci, Flat, Found, IndexError, KeyIndex, Scratch, SearchParams, Tail, Unit};
+use floe_index::{
+    Dci, Flat, Found, Hnsw, HnswConfig, Icecache, IndexError, KeyIndex, Scratch, SearchParams, Tail, Unit,
+};
 use proptest::prelude::*;
 
 fn dci(n: usize, sketch: SketchConfig) -> Dci {
@@ -28,13 +30,8 @@ fn restored_index_answers_and_grows_like_the_original() {
             let more = clustered(n + 600, 64, 2, 10);
             let (mut a, mut b) = (Found::default(), Found::default());
             for round in 0..2 {
-                let params = SearchParams {
-                    budget: 50,
-                    unit: Unit::Token,
-                    tail: Tail::Tree,
-                    node_budget: usize::MAX,
-                    open_fraction: 0.5,
-                };
+                let params =
+                    SearchParams { open_fraction: 0.5, ..SearchParams::exact(50, Unit::Token, Tail::Tree) };
                 index.search(&more.query(round), &[], &params, &mut Scratch::default(), &mut a).unwrap();
                 again.search(&more.query(round), &[], &params, &mut Scratch::default(), &mut b).unwrap();
                 assert_eq!(a.tokens, b.tokens);
@@ -84,9 +81,10 @@ fn signed(mut bytes: Vec<u8>) -> Vec<u8> {
 /// A restored forgery must still answer without a panic.
 fn probe(bytes: &[u8]) {
     let data = clustered(20, 64, 1, 1);
-    if let Ok(mut index) = Dci::restore(bytes)
-        && index.dim() == 64
-    {
+    let dci = Dci::restore(bytes).map(|index| Box::new(index) as Box<dyn KeyIndex>);
+    let icecache = Icecache::restore(bytes).map(|index| Box::new(index) as Box<dyn KeyIndex>);
+    let hnsw = Hnsw::restore(bytes).map(|index| Box::new(index) as Box<dyn KeyIndex>);
+    for mut index in [dci, icecache, hnsw].into_iter().flatten().filter(|index| index.dim() == 64) {
         let mut found = Found::default();
         let params = SearchParams::exact(30, Unit::Token, Tail::Tree);
         index.search(&data.query(0), &[3], &params, &mut Scratch::default(), &mut found).unwrap();
@@ -101,21 +99,30 @@ proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         let _ = Dci::restore(&bytes);
-        let mut framed = b"floeidxd\x01\0\0\0".to_vec();
-        framed.extend(bytes);
-        framed.extend([0; 4]);
-        probe(&signed(framed));
+        for kind in [b'd', b'i', b'h'] {
+            let mut framed = [b"floeidx", &[kind][..], &2u32.to_le_bytes()].concat();
+            framed.extend(&bytes);
+            framed.extend([0; 4]);
+            probe(&signed(framed));
+        }
     }
 
     #[test]
     fn tampered_snapshots_with_a_valid_checksum_never_panic(
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
     ) {
-        let mut bytes = dci(60, SketchConfig::K1).snapshot();
-        for (at, value) in edits {
-            let at = at.index(bytes.len());
-            bytes[at] = value;
+        let data = clustered(60, 64, 1, 3);
+        let mut icecache = Icecache::new(64, 1).unwrap();
+        icecache.build(&data.batch(0..60)).unwrap();
+        let mut hnsw = Hnsw::new(64, HnswConfig::default()).unwrap();
+        hnsw.build(&data.batch(0..60)).unwrap();
+        for mut bytes in [dci(60, SketchConfig::K1).snapshot(), icecache.snapshot(), hnsw.snapshot()] {
+            for (at, value) in &edits {
+                // Most of the bytes are keys; what can lead astray lies before and after them.
+                let at = at.index(bytes.len());
+                bytes[at] = *value;
+            }
+            probe(&signed(bytes));
         }
-        probe(&signed(bytes));
     }
 }

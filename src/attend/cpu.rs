@@ -4,7 +4,7 @@ use floe_cuda::{Isa, KvElem, KvRows, Rows, dense_decode, sparse_decode};
 
 use super::causal::attend_causal;
 use super::{AttendScratch, AttentionBackend, CausalQueries, HotTokens, Tokens};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::page::{HotRows, PageSlabs, ShardPages, SlotMemory, with_rows};
 use crate::query::GroupQuery;
 use crate::state::StateBuf;
@@ -78,7 +78,10 @@ impl CpuBackend {
             (ShardPages::F32(warm), SlotMemory::F32(memory)) => {
                 self.gather(query, (warm, memory), hot, scratch)?
             }
-            _ => unreachable!("slots and pages of a shard are made from one shape"),
+            _ => {
+                let (warm, slots) = (pages.shape().dtype(), hot.memory.dtype());
+                return Err(Error::shape("slots", format!("{warm} like the pages"), slots.to_string()));
+            }
         }
         state.merge(&scratch.part)
     }

@@ -3,15 +3,17 @@
 mod causal;
 mod cpu;
 pub mod exact;
+mod logits;
 
 use std::ops::Range;
 
 pub use causal::CausalQueries;
 pub use cpu::CpuBackend;
+pub use logits::{logits, logits_of};
 
 use crate::error::Result;
 use crate::ids::TokenPos;
-use crate::page::{ShardPages, SlotMemory, SlotTable};
+use crate::page::{HostMemory, ShardPages, SlabSource, SlotMemory, SlotTable};
 use crate::query::GroupQuery;
 use crate::state::StateBuf;
 
@@ -24,6 +26,7 @@ pub struct AttendScratch {
     /// 0, 1, 2, ...: rows of a step that lie in slots, in the order of their positions.
     counting: Vec<u32>,
     all: StateBuf,
+    logits: Vec<f32>,
 }
 
 /// Tokens of one shard.
@@ -50,6 +53,11 @@ pub struct HotTokens<'a> {
 
 /// Where attention runs. One implementation is chosen when the engine is opened.
 pub trait AttentionBackend: Send + Sync {
+    /// Where the slabs of the warm tier come from: memory that this backend reads best.
+    fn slab_source(&self) -> Box<dyn SlabSource> {
+        Box::new(HostMemory)
+    }
+
     /// Adds the attention of `tokens` to `state`, which covers other tokens or none. Long ranges are split over the worker
     /// threads, with the same bits for any number.
     ///

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use floe::host::eval::{EvalPlan, Outcome, Task, eval_table, num_steps, run_episode, summarise};
+use floe::host::eval::{
+    EpisodeSpec, EvalPlan, Outcome, Progress, Task, eval_table, num_steps, run_episode, summarise,
+};
 use floe::host::{FloeBackend, Model};
 use floe::report::page::{Page, Section};
 use floe::{Config, Policy};
@@ -15,7 +17,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::generate::DtypeArg;
 
 /// Version of the rows that `--json` writes.
-const EVAL_SCHEMA: u32 = 1;
+const EVAL_SCHEMA: u32 = 2;
 
 #[derive(Args)]
 pub struct EvalArgs {
@@ -47,6 +49,13 @@ pub struct EvalArgs {
     /// Run at most N episodes in all, those that the results file already holds not counted.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
+    /// Plant the facts of all tasks into the same contexts, so that one prefill serves them; kv-retrieval and perplexity
+    /// keep contexts of their own. Answers get harder, because every task's facts stand in the way of the others'.
+    #[arg(long)]
+    shared_context: bool,
+    /// Keep prefilled contexts in this folder and read them from there; some hundred MB each.
+    #[arg(long, value_name = "DIR")]
+    kv_cache: Option<PathBuf>,
     /// First layers that stay dense.
     #[arg(long, value_name = "N", default_value_t = 0)]
     dense_layers: usize,
@@ -69,7 +78,7 @@ pub struct EvalArgs {
 
 /// One context to run.
 struct Job {
-    task: Task,
+    tasks: Vec<Task>,
     text: usize,
     context: usize,
     seed: u64,
@@ -98,14 +107,18 @@ fn run_in_pool(args: &EvalArgs) -> anyhow::Result<()> {
         budgets: budgets.clone(),
         context,
         questions: args.questions,
+        kv_cache: args.kv_cache.clone(),
     };
+    if let Some(folder) = &args.kv_cache {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
 
     let mut jobs: Vec<Job> = args
         .context
         .iter()
-        .flat_map(|context| tasks.iter().map(move |task| (*context, *task)))
-        .flat_map(|(context, task)| episodes(args, context, task))
-        .filter(|job| !is_done(job, &texts, &plan(job.context), &outcomes))
+        .flat_map(|context| contexts(args, &tasks).into_iter().map(move |tasks| (*context, tasks)))
+        .flat_map(|(context, tasks)| episodes(args, context, &tasks))
+        .filter(|job| !is_done(job, args, (&texts, &plan(job.context)), &outcomes))
         .collect();
     jobs.truncate(args.limit.unwrap_or(usize::MAX));
 
@@ -116,14 +129,22 @@ fn run_in_pool(args: &EvalArgs) -> anyhow::Result<()> {
     let mut kv = FloeBackend::open(Config { spans, dense_layers, seed, budget, ..config })?;
     let style =
         ProgressStyle::with_template("{bar:30} {pos}/{len} questions  {elapsed} (left {eta})  {msg}")?;
-    let steps: usize = jobs.iter().map(|job| num_steps(&plan(job.context), job.task)).sum();
+    let steps: usize = jobs.iter().map(|job| num_steps(&plan(job.context), &job.tasks)).sum();
     let bar = ProgressBar::new(steps as u64).with_style(style);
     let mut out = args.out.as_deref().map(append_to).transpose()?;
     for job in &jobs {
         let (name, text) = &texts[job.text];
-        bar.set_message(format!("{} {} {name}", job.task.name(), job.context));
-        let of = (job.task, name.as_str(), text.as_str(), job.seed);
-        let done = run_episode(&model, &mut kv, &plan(job.context), of, &mut || bar.inc(1))?;
+        let names: Vec<&str> = job.tasks.iter().map(|task| task.name()).collect();
+        let message = format!("{} {} {name}", names.join(" "), job.context);
+        bar.set_message(message.clone());
+        let spec = EpisodeSpec { tasks: &job.tasks, text_name: name, text, seed: job.seed };
+        let done = run_episode(&model, &mut kv, &plan(job.context), spec, &mut |progress| match progress {
+            Progress::Prefill(done, of) if done < of => {
+                bar.set_message(format!("{message}, prefill {done} of {of} tokens"));
+            }
+            Progress::Prefill(..) => bar.set_message(message.clone()),
+            Progress::Question => bar.inc(1),
+        })?;
         if let Some(out) = &mut out {
             // Whole episodes at once: a run that is cut off leaves at most one partial line.
             let lines = done.iter().map(|outcome| Ok(serde_json::to_string(outcome)? + "\n"));
@@ -135,33 +156,51 @@ fn run_in_pool(args: &EvalArgs) -> anyhow::Result<()> {
     report(args, &model.name, &outcomes)
 }
 
-fn episodes(args: &EvalArgs, context: usize, task: Task) -> Vec<Job> {
+/// The tasks of each kind of context.
+fn contexts(args: &EvalArgs, tasks: &[Task]) -> Vec<Vec<Task>> {
+    if !args.shared_context {
+        return tasks.iter().map(|task| vec![*task]).collect();
+    }
+    let (shared, own): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|task| task.plants());
+    let shared = if shared.is_empty() { None } else { Some(shared) };
+    shared.into_iter().chain(own.into_iter().map(|task| vec![task])).collect()
+}
+
+fn episodes(args: &EvalArgs, context: usize, tasks: &[Task]) -> Vec<Job> {
     let texts = args.texts.len();
-    let job = |episode: usize, text: usize| Job { task, text, context, seed: args.seed + episode as u64 };
-    if task == Task::Perplexity {
+    let job = |episode: usize, text: usize| Job {
+        tasks: tasks.to_vec(),
+        text,
+        context,
+        seed: args.seed + episode as u64,
+    };
+    if tasks == [Task::Perplexity] {
         (0..args.episodes).flat_map(|e| (0..texts).map(move |t| (e, t))).map(|(e, t)| job(e, t)).collect()
     } else {
         (0..args.episodes).map(|e| job(e, e % texts)).collect()
     }
 }
 
-/// Whether the results hold every policy and budget of the job.
-fn is_done(job: &Job, texts: &[(String, String)], plan: &EvalPlan, outcomes: &[Outcome]) -> bool {
-    let questions = if job.task == Task::Perplexity { 1 } else { plan.questions };
-    plan.policies.iter().all(|policy| {
-        plan.budgets.iter().all(|&budget| {
-            let of_run = outcomes.iter().filter(|o| {
-                (o.task.as_str(), o.text.as_str(), o.context, o.episode, o.policy.as_str(), o.budget)
-                    == (
-                        job.task.name(),
-                        texts[job.text].0.as_str(),
-                        job.context,
-                        job.seed,
-                        policy.spec(),
-                        budget,
-                    )
-            });
-            of_run.count() >= questions
+/// Whether the results hold every task, policy and budget of the job.
+fn is_done(
+    job: &Job,
+    args: &EvalArgs,
+    (texts, plan): (&[(String, String)], &EvalPlan),
+    outcomes: &[Outcome],
+) -> bool {
+    let text = &texts[job.text].0;
+    let of_job = |o: &&Outcome| {
+        (&o.text, o.context, o.episode, o.dense_layers) == (text, job.context, job.seed, args.dense_layers)
+    };
+    job.tasks.iter().all(|task| {
+        let questions = if *task == Task::Perplexity { 1 } else { plan.questions };
+        plan.policies.iter().all(|policy| {
+            plan.budgets.iter().all(|&budget| {
+                let of_run = outcomes.iter().filter(of_job).filter(|o| {
+                    (o.task.as_str(), o.policy.as_str(), o.budget) == (task.name(), policy.spec(), budget)
+                });
+                of_run.count() >= questions
+            })
         })
     })
 }

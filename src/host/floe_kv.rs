@@ -1,13 +1,16 @@
 //! The floe engine as a KV backend.
 
+use std::path::Path;
+
 use super::backend::{AttendArgs, KvBackend, Phase};
-use super::{HostResult, ModelConfig};
+use super::{HostError, HostResult, ModelConfig};
 use crate::config::Config;
 use crate::engine::{DecodeStep, Engine, PrefillStep, SequenceMemory};
 use crate::ids::{LayerId, SeqId};
 use crate::select::Policy;
 use crate::shape::KvDtype;
 use crate::step::StepReport;
+use crate::transfer::Fetched;
 
 /// What the decode steps of a backend read, against what full attention would have read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,6 +23,8 @@ pub struct ReadCounters {
     pub index_bytes: u64,
     /// Bytes of keys and values that full attention (over the spans of sliding layers) reads.
     pub full_kv_bytes: u64,
+    /// What the steps asked of the hot tier; all 0 without one.
+    pub fetched: Fetched,
 }
 
 /// One sequence of a floe [`Engine`].
@@ -70,6 +75,43 @@ impl FloeBackend {
         Ok(self.engine.publish(self.seq)?)
     }
 
+    /// The engine's configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        self.engine.config()
+    }
+
+    /// Writes the sequence to `path`, index included; see [`Engine::save`]. Returns its bytes.
+    ///
+    /// # Errors
+    /// As [`Engine::save`].
+    pub fn save(&self, path: &Path) -> HostResult<u64> {
+        Ok(self.engine.save(self.seq, path)?)
+    }
+
+    /// Goes on with a saved sequence in place of the own one; see [`Engine::restore`]. The own one is kept when the file
+    /// is refused.
+    ///
+    /// # Errors
+    /// As [`Engine::restore`]; [`HostError::Read`] when there is no such file, [`HostError::Backend`] for a sequence that was
+    /// saved in the middle of a forward pass.
+    pub fn load(&mut self, path: &Path) -> HostResult<()> {
+        // Said here, because to the engine every failing read is the machine's fault.
+        std::fs::metadata(path).map_err(|source| HostError::Read { path: path.to_path_buf(), source })?;
+        let seq = self.engine.restore(path)?;
+        let tokens = (0..self.num_layers)
+            .map(|layer| self.engine.num_tokens(seq, LayerId(layer)))
+            .collect::<crate::Result<Vec<_>>>()?;
+        if tokens.iter().any(|of_layer| *of_layer != tokens[0]) {
+            self.engine.close(seq)?;
+            let reason = format!("{}: layers hold different numbers of tokens", path.display());
+            return Err(HostError::Backend(reason));
+        }
+        self.engine.close(std::mem::replace(&mut self.seq, seq))?;
+        self.num_tokens = tokens[0];
+        Ok(())
+    }
+
     /// What the decode steps read so far.
     #[must_use]
     pub fn counters(&self) -> ReadCounters {
@@ -105,6 +147,7 @@ impl FloeBackend {
             self.counters.kv_bytes += shard.kv_bytes_read as u64;
             self.counters.index_bytes += shard.index_bytes_read as u64;
             self.counters.full_kv_bytes += (seen * row_bytes) as u64;
+            self.counters.fetched.add(&shard.fetched);
         }
         self.counters.steps += usize::from(args.layer == 0);
         Ok(())

@@ -11,9 +11,9 @@ mod warm;
 
 pub use hot::{Admission, HotCounters, HotTier, Pin, PinError, Purpose, Unit};
 pub use life::{IllegalTransition, PageEvent, PageLife, SlotEvent, SlotLife};
-pub use slab::LentSlab;
-pub(crate) use slab::Slab;
+pub use slab::{HostMemory, LentSlab, NoMemory, SLAB_ALIGN, SlabMemory, SlabSource, WarmMemory};
+pub(crate) use slab::{OwnRows, OwnSlab, Slab};
 pub use slots::{HotRows, SlotMemory, SlotTable, WARM};
 pub use table::{PageEntry, PageTable};
-pub(crate) use warm::with_rows;
-pub use warm::{PageSlabs, ShardPages};
+pub use warm::{PageSlabs, SLAB_ROWS, ShardPages};
+pub(crate) use warm::{SlabKind, with_rows};

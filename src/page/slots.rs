@@ -81,6 +81,16 @@ impl SlotMemory {
         }
     }
 
+    /// Element type of the rows.
+    #[must_use]
+    pub fn dtype(&self) -> KvDtype {
+        match self {
+            Self::Bf16(_) => KvDtype::Bf16,
+            Self::F16(_) => KvDtype::F16,
+            Self::F32(_) => KvDtype::F32,
+        }
+    }
+
     /// Copies unit `number` of `pages`, as far as it is filled, into `slot`.
     pub(crate) fn fill(&mut self, slot: u32, (unit, number): (Unit, u32), pages: &ShardPages) {
         match (self, pages) {

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use super::cold::SlabBytes;
 use super::file::Damage;
-use super::{LentSlab, Slab};
+use super::{LentSlab, OwnRows, OwnSlab, Slab, WarmMemory};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::shape::{KvDtype, PAGE_TOKENS, PageShape};
@@ -20,7 +20,8 @@ use crate::view::{Elems, TensorView};
 /// Pages of one allocation: 16 pages of 16 tokens are 128 KiB at d = 128 bf16, small enough that a short sequence over
 /// 256 shards wastes little, long enough to stream.
 const SLAB_PAGES: usize = 16;
-const SLAB_ROWS: usize = SLAB_PAGES * PAGE_TOKENS;
+/// Rows of one slab: row `r` of a shard is row `r % SLAB_ROWS` of slab `r / SLAB_ROWS`.
+pub const SLAB_ROWS: usize = SLAB_PAGES * PAGE_TOKENS;
 
 /// Rows of one element type, `[num_rows, 2, head_dim]` over slabs. Growth never moves a stored row.
 #[derive(Clone, Debug)]
@@ -28,24 +29,26 @@ pub struct PageSlabs<E> {
     head_dim: usize,
     slabs: Vec<Slab<E>>,
     num_rows: usize,
+    memory: WarmMemory,
 }
 
 impl<E: KvElem> PageSlabs<E> {
-    fn new(head_dim: usize) -> Self {
-        Self { head_dim, slabs: Vec::new(), num_rows: 0 }
+    fn new(head_dim: usize, memory: WarmMemory) -> Self {
+        Self { head_dim, slabs: Vec::new(), num_rows: 0, memory }
     }
 
     fn append<S: KvElem>(&mut self, k: &[S], v: &[S]) -> Result<()> {
         let row_elems = 2 * self.head_dim;
         if self.num_rows == self.slabs.len() * SLAB_ROWS {
-            self.slabs.push(Slab::zeroed(SLAB_ROWS * row_elems));
+            self.slabs.push(Slab::allocate(&self.memory, SLAB_ROWS * row_elems)?);
         }
         if let Slab::Lent(lent) = &self.slabs[self.num_rows / SLAB_ROWS] {
             // It is about to be copied.
             lent.verify(u16::MAX)?;
         }
         let start = self.num_rows % SLAB_ROWS * row_elems;
-        let slab = self.slabs[self.num_rows / SLAB_ROWS].elems_mut(SLAB_ROWS * row_elems);
+        let slab = &mut self.slabs[self.num_rows / SLAB_ROWS];
+        let slab = slab.elems_mut(&self.memory, SLAB_ROWS * row_elems)?;
         append_kv(k, v, self.head_dim, &mut slab[start..start + row_elems])?;
         self.num_rows += 1;
         Ok(())
@@ -93,6 +96,17 @@ impl<E: KvElem> KvRows for PageSlabs<E> {
     }
 }
 
+/// Where a slab lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlabKind {
+    /// In memory of our own only.
+    Own,
+    /// In memory of our own, and durable on disk.
+    Backed,
+    /// In a file.
+    Lent,
+}
+
 /// Stored keys and values of one shard, whatever their element type.
 #[derive(Clone, Debug)]
 pub enum ShardPages {
@@ -117,13 +131,19 @@ macro_rules! with_rows {
 pub(crate) use with_rows;
 
 impl ShardPages {
-    /// No rows yet.
+    /// No rows yet; slabs will be ordinary host memory.
     #[must_use]
     pub fn new(shape: PageShape) -> Self {
+        Self::with_memory(shape, &WarmMemory::default())
+    }
+
+    /// No rows yet; slabs will come from `memory`.
+    #[must_use]
+    pub fn with_memory(shape: PageShape, memory: &WarmMemory) -> Self {
         match shape.dtype() {
-            KvDtype::Bf16 => Self::Bf16(PageSlabs::new(shape.head_dim())),
-            KvDtype::F16 => Self::F16(PageSlabs::new(shape.head_dim())),
-            KvDtype::F32 => Self::F32(PageSlabs::new(shape.head_dim())),
+            KvDtype::Bf16 => Self::Bf16(PageSlabs::new(shape.head_dim(), memory.clone())),
+            KvDtype::F16 => Self::F16(PageSlabs::new(shape.head_dim(), memory.clone())),
+            KvDtype::F32 => Self::F32(PageSlabs::new(shape.head_dim(), memory.clone())),
         }
     }
 
@@ -169,44 +189,126 @@ impl ShardPages {
         (rows, with_rows!(self, rows => bytemuck::cast_slice(rows.slabs[slab].elems())))
     }
 
+    /// Address of row 0 of a slab for the device of the backend that supplied the memory; row `i` of the slab follows at `i`
+    /// times the row's bytes. `None` when there is no such slab or the device cannot read it: rows of a mapped file
+    /// have to be brought to it through the host, or made warm with [`Self::make_warm`].
+    #[must_use]
+    pub fn device_address(&self, slab: usize) -> Option<u64> {
+        with_rows!(self, rows => rows.slabs.get(slab).and_then(Slab::device_address))
+    }
+
+    /// Copies a slab that lies in a mapped file, checked, into memory of the shard's own source. One that does already stays.
+    ///
+    /// # Errors
+    /// When the file's pages are damaged or the source has no memory left.
+    ///
+    /// # Panics
+    /// When there is no such slab.
+    pub fn make_warm(&mut self, slab: usize) -> Result<()> {
+        let bytes = self.slab_size_bytes();
+        with_rows!(self, rows => {
+            if let Slab::Lent(lent) = &rows.slabs[slab] {
+                lent.verify(u16::MAX)?;
+                let own = OwnSlab::copy_of(&rows.memory, bytes, lent.bytes())?;
+                rows.slabs[slab] = Slab::Own(OwnRows::new(own, Some(lent.clone())));
+            }
+        });
+        Ok(())
+    }
+
     /// Slab that holds a page.
     pub(crate) const fn slab_of_page(page: u32) -> usize {
         page as usize / SLAB_PAGES
     }
 
-    /// Whether a slab is full and in memory of our own.
-    pub(crate) fn can_spill(&self, slab: usize) -> bool {
-        (slab + 1) * SLAB_ROWS <= self.num_tokens()
-            && with_rows!(self, rows => matches!(rows.slabs[slab], Slab::Own(_)))
+    /// Bytes of a slab in memory of our own.
+    pub(crate) fn slab_size_bytes(&self) -> usize {
+        SLAB_ROWS * self.shape().row_bytes()
+    }
+
+    /// Slabs whose rows are all there.
+    pub(crate) fn num_full_slabs(&self) -> usize {
+        self.num_tokens() / SLAB_ROWS
+    }
+
+    /// Where a slab lies.
+    pub(crate) fn slab_kind(&self, slab: usize) -> SlabKind {
+        with_rows!(self, rows => match &rows.slabs[slab] {
+            Slab::Own(own) if own.backing().is_some() => SlabKind::Backed,
+            Slab::Own(_) => SlabKind::Own,
+            Slab::Lent(_) => SlabKind::Lent,
+        })
+    }
+
+    /// A slab that lies in a file.
+    pub(crate) fn lent_slab(&self, slab: usize) -> Option<Arc<dyn LentSlab>> {
+        with_rows!(self, rows => match rows.slabs.get(slab) {
+            Some(Slab::Lent(lent)) => Some(lent.clone()),
+            _ => None,
+        })
     }
 
     /// Rows of a slab of our own and a handle that keeps its bytes alive and unchanged.
     pub(crate) fn slab_owner(&self, slab: usize) -> Option<(u32, Box<dyn SlabBytes>)> {
         with_rows!(self, rows => match &rows.slabs[slab] {
-            Slab::Own(own) => Some((SLAB_ROWS as u32, Box::new(own.clone()))),
+            Slab::Own(own) => Some((SLAB_ROWS as u32, Box::new(own.owner().clone()))),
             Slab::Lent(_) => None,
         })
     }
 
-    /// Puts a lent slab in place of our own, if that is still the one that `written` keeps alive.
-    pub(crate) fn replace(&mut self, slab: usize, written: &dyn SlabBytes, lent: Arc<dyn LentSlab>) {
-        with_rows!(self, rows => if let Some(own @ Slab::Own(_)) = rows.slabs.get_mut(slab) {
-            let bytes: &[u8] = bytemuck::cast_slice(own.elems());
-            if std::ptr::eq(bytes, written.bytes()) {
-                *own = Slab::Lent(lent);
+    /// Notes that a slab of our own is durable as `lent`, if it still is the one that `written` keeps alive. Returns whether.
+    pub(crate) fn back(&mut self, slab: usize, written: &dyn SlabBytes, lent: &Arc<dyn LentSlab>) -> bool {
+        let full = slab < self.num_full_slabs();
+        with_rows!(self, rows => match rows.slabs.get_mut(slab) {
+            Some(Slab::Own(own)) if full && std::ptr::eq(own.owner().bytes(), written.bytes()) => {
+                own.back(lent.clone());
+                true
             }
-        });
+            _ => false,
+        })
+    }
+
+    /// Gives up the memory of a slab that is durable; it is read from the file from now on. Returns whether it was.
+    pub(crate) fn drop_warm(&mut self, slab: usize) -> bool {
+        with_rows!(self, rows => match rows.slabs.get_mut(slab) {
+            Some(place) => {
+                let Slab::Own(own) = &*place else { return false };
+                let Some(lent) = own.backing().cloned() else { return false };
+                *place = Slab::Lent(lent);
+                true
+            }
+            None => false,
+        })
+    }
+
+    /// Takes in a copy of a slab that lies in a file, if it still does. Returns whether.
+    pub(crate) fn adopt(&mut self, slab: usize, lent: &Arc<dyn LentSlab>, copy: OwnSlab) -> bool {
+        with_rows!(self, rows => match rows.slabs.get_mut(slab) {
+            Some(place) => {
+                let Slab::Lent(now) = &*place else { return false };
+                if !Arc::ptr_eq(now, lent) {
+                    return false;
+                }
+                *place = Slab::Own(OwnRows::new(copy, Some(lent.clone())));
+                true
+            }
+            None => false,
+        })
     }
 
     /// Rows in memory that others own, slab after slab with the rows filled in each; `None` when a size does not fit.
-    pub(crate) fn from_lent(shape: PageShape, slabs: Vec<(u32, Arc<dyn LentSlab>)>) -> Option<Self> {
+    pub(crate) fn from_lent(
+        shape: PageShape,
+        memory: &WarmMemory,
+        slabs: Vec<(u32, Arc<dyn LentSlab>)>,
+    ) -> Option<Self> {
         let last = slabs.len().saturating_sub(1);
         let fits = slabs.iter().enumerate().all(|(i, (rows, slab))| {
             let rows = *rows as usize;
             let full = if i < last { rows == SLAB_ROWS } else { rows > 0 && rows <= SLAB_ROWS };
             full && slab.bytes().len() == rows.div_ceil(PAGE_TOKENS) * shape.page_bytes()
         });
-        let mut pages = Self::new(shape);
+        let mut pages = Self::with_memory(shape, memory);
         with_rows!(&mut pages, own => {
             own.num_rows = slabs.iter().map(|(rows, _)| *rows as usize).sum();
             own.slabs = slabs.into_iter().map(|(_, slab)| Slab::Lent(slab)).collect();
@@ -232,7 +334,8 @@ impl ShardPages {
     /// Appends head `head` of every token of `k` and `v`, `[tokens, heads, head_dim]` of the same shape.
     ///
     /// # Errors
-    /// When the element types or sizes differ, or when the last page comes from a file and is damaged.
+    /// When the element types or sizes differ, when the last page comes from a file and is damaged, or when there is no memory
+    /// for another slab. Tokens before the one that failed are then stored.
     pub fn append(&mut self, k: &TensorView<'_>, v: &TensorView<'_>, head: usize) -> Result<()> {
         for token in 0..k.shape()[0] {
             let (k, v) = (k.row(token, head), v.row(token, head));

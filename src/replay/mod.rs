@@ -6,6 +6,8 @@
 //! bytes read.
 
 mod render;
+mod reuse;
+mod reuse_render;
 mod run;
 mod summary;
 mod truth;
@@ -13,6 +15,7 @@ mod truth;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use render::{html, tables};
+pub use reuse::{Errors, ReuseRow, Stretch, average_reuse, reuse_rows};
 pub use run::Run;
 pub use summary::{REPLAY_SCHEMA, ReplayRow, average, summarise};
 
@@ -29,6 +32,8 @@ pub struct ReplayPlan {
     pub policies: Vec<Policy>,
     /// Budgets, tokens attended exactly per kv head and step.
     pub budgets: Vec<usize>,
+    /// Where the prefill ends.
+    pub decode_from: DecodeFrom,
     /// Segments to measure; empty = all that lie in the decoded part.
     pub segments: Vec<String>,
     /// Measure at most this many queries, evenly spaced over the segments; 0 = all.
@@ -37,6 +42,16 @@ pub struct ReplayPlan {
     pub seed: u64,
     /// Threads that share the (policy, budget) runs; 0 = one per core.
     pub threads: usize,
+}
+
+/// First position that is decoded rather than prefilled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DecodeFrom {
+    /// Where the trace says that the prompt ended.
+    #[default]
+    IndexUntil,
+    /// The first recorded query: as many steps as the trace can give, for what learns as it decodes.
+    FirstQuery,
 }
 
 /// A replay that cannot be done as asked.
@@ -98,6 +113,8 @@ pub struct TraceReplay {
     pub trace: String,
     /// Names of the measured segments, in order of position.
     pub segments: Vec<String>,
+    /// Positions before this one were prefilled.
+    pub prefilled: usize,
     /// Measured steps, in order of position.
     pub steps: Vec<MeasuredStep>,
     /// One run per policy and budget, policies outermost.
@@ -118,7 +135,12 @@ pub fn replay(
             return Err(ReplayError::Empty { field });
         }
     }
-    let (segments, steps) = measured_steps(trace, plan)?;
+    let meta = trace.meta();
+    let prefilled = match plan.decode_from {
+        DecodeFrom::IndexUntil => meta.index_until,
+        DecodeFrom::FirstQuery => meta.index_until.min(meta.first_query_pos),
+    };
+    let (segments, steps) = measured_steps(trace, plan, prefilled)?;
     let jobs: Vec<Config> = plan
         .policies
         .iter()
@@ -129,11 +151,11 @@ pub fn replay(
     let largest = plan.budgets.iter().copied().max().unwrap_or(0);
     let truth = Truth::compute(trace, &steps, &jobs[0], largest)?;
     let runs = in_parallel(threads(plan.threads), &jobs, |config| {
-        let run = run::run(trace, &steps, &truth, config);
+        let run = run::run(trace, (prefilled, &steps), &truth, config);
         progress();
         run
     })?;
-    Ok(TraceReplay { trace: trace.name(), segments, steps, runs })
+    Ok(TraceReplay { trace: trace.name(), segments, prefilled, steps, runs })
 }
 
 /// Number of runs that [`replay`] reports progress for.
@@ -154,9 +176,13 @@ pub(crate) fn threads(asked: usize) -> usize {
 }
 
 /// Segments and steps to measure: recorded queries at or after `index_until` that lie in a wanted segment.
-fn measured_steps(trace: &Trace, plan: &ReplayPlan) -> Result<(Vec<String>, Vec<MeasuredStep>), ReplayError> {
+fn measured_steps(
+    trace: &Trace,
+    plan: &ReplayPlan,
+    prefilled: usize,
+) -> Result<(Vec<String>, Vec<MeasuredStep>), ReplayError> {
     let meta = trace.meta();
-    let first = meta.index_until.max(meta.first_query_pos);
+    let first = prefilled.max(meta.first_query_pos);
     let last = meta.first_query_pos + meta.num_queries;
     let decoded: Vec<_> = meta.segments.iter().filter(|s| s.start.max(first) < s.end.min(last)).collect();
     for wanted in &plan.segments {
@@ -179,7 +205,7 @@ fn measured_steps(trace: &Trace, plan: &ReplayPlan) -> Result<(Vec<String>, Vec<
     }
     steps.sort_by_key(|s| s.position);
     if steps.is_empty() {
-        return Err(ReplayError::NoQueries { trace: trace.name(), index_until: meta.index_until });
+        return Err(ReplayError::NoQueries { trace: trace.name(), index_until: prefilled });
     }
     if plan.max_queries > 0 && plan.max_queries < steps.len() {
         let (n, k) = (steps.len(), plan.max_queries);

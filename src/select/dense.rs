@@ -6,22 +6,24 @@ use super::{SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::page::ShardPages;
-use crate::query::GroupQuery;
 use crate::selection::Selection;
 
-/// Full attention. The plan takes the exact path for it, so `select` is asked only for completeness.
-pub(super) struct Full;
+/// What is attended beside sinks and window; nothing has to be remembered for either.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Dense {
+    /// Everything. The plan takes the exact path for it, so `select` is asked only for completeness.
+    Full,
+    /// Nothing.
+    Window,
+}
 
-/// Sinks and window; the rest is dropped.
-pub(super) struct Window;
-
-impl Selector for Full {
+impl Selector for Dense {
     fn publish(&mut self, _pages: &ShardPages, _tokens: Range<TokenPos>) -> Result<()> {
         Ok(())
     }
 
-    fn truncate(&mut self, _num_tokens: TokenPos) -> Result<()> {
-        Ok(())
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
+        Ok(num_tokens)
     }
 
     fn select(
@@ -30,84 +32,15 @@ impl Selector for Full {
         _scratch: &mut SelectScratch,
         selection: &mut Selection,
     ) -> Result<SelectCost> {
-        let candidates = selection.candidates();
-        selection.retrieved.extend(candidates);
+        if let Self::Full = self {
+            let candidates = selection.candidates();
+            selection.retrieved.extend(candidates);
+        }
         Ok(SelectCost::default())
-    }
-
-    fn tail(
-        &self,
-        _query: &GroupQuery<'_>,
-        _selection: &Selection,
-        _scratch: &mut SelectScratch,
-        _out: floe_cuda::StateMut<'_>,
-    ) -> Result<SelectCost> {
-        Ok(SelectCost::default())
-    }
-
-    fn reads_rows(&self) -> bool {
-        false
     }
 
     fn fork(&self) -> Result<Box<dyn Selector>> {
-        Ok(Box::new(Self))
-    }
-
-    fn snapshot(&self) -> Option<Vec<u8>> {
-        None
-    }
-
-    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
-        self.fork()
-    }
-
-    fn size_bytes(&self) -> usize {
-        0
-    }
-}
-
-impl Selector for Window {
-    fn publish(&mut self, _pages: &ShardPages, _tokens: Range<TokenPos>) -> Result<()> {
-        Ok(())
-    }
-
-    fn truncate(&mut self, _num_tokens: TokenPos) -> Result<()> {
-        Ok(())
-    }
-
-    fn select(
-        &self,
-        _request: &SelectRequest<'_>,
-        _scratch: &mut SelectScratch,
-        _selection: &mut Selection,
-    ) -> Result<SelectCost> {
-        Ok(SelectCost::default())
-    }
-
-    fn tail(
-        &self,
-        _query: &GroupQuery<'_>,
-        _selection: &Selection,
-        _scratch: &mut SelectScratch,
-        _out: floe_cuda::StateMut<'_>,
-    ) -> Result<SelectCost> {
-        Ok(SelectCost::default())
-    }
-
-    fn reads_rows(&self) -> bool {
-        false
-    }
-
-    fn fork(&self) -> Result<Box<dyn Selector>> {
-        Ok(Box::new(Self))
-    }
-
-    fn snapshot(&self) -> Option<Vec<u8>> {
-        None
-    }
-
-    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
-        self.fork()
+        Ok(Box::new(*self))
     }
 
     fn size_bytes(&self) -> usize {

@@ -103,13 +103,13 @@ impl Selector for Indexed {
         Ok(())
     }
 
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
         if num_tokens < self.published {
             let gone: Vec<u32> = (num_tokens.max(self.sinks)..self.published).collect();
             self.index.remove(&gone)?;
             self.published = num_tokens;
         }
-        Ok(())
+        Ok(self.published)
     }
 
     fn select(
@@ -144,10 +144,6 @@ impl Selector for Indexed {
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
     }
 
-    fn reads_rows(&self) -> bool {
-        false
-    }
-
     fn fork(&self) -> Result<Box<dyn Selector>> {
         self.restored(&self.index.snapshot(), self.published)
     }
@@ -168,7 +164,8 @@ impl Selector for Indexed {
 /// Search parameters of every step, the budget aside.
 fn params(options: &IndexOptions) -> SearchParams {
     let exact = SearchParams::exact(0, options.unit, options.tail);
-    SearchParams { open_fraction: options.open, ..exact }
+    let IndexOptions { open, open_mass, detail, .. } = *options;
+    SearchParams { open_fraction: open, open_mass, detail, ..exact }
 }
 
 fn index_query<'a>(query: &GroupQuery<'a>, attended_lse: &'a [f32]) -> Query<'a> {

@@ -66,11 +66,12 @@ pub trait Selector: Send + Sync {
     /// When the index refuses the keys; the tokens then stay in the always-attended young region.
     fn publish(&mut self, pages: &ShardPages, tokens: Range<TokenPos>) -> Result<()>;
 
-    /// Forgets the published tokens at and after `num_tokens`.
+    /// Forgets the published tokens at and after `num_tokens`, or more, and returns how many it still knows; the others are
+    /// published again.
     ///
     /// # Errors
     /// When the index cannot remove them.
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()>;
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos>;
 
     /// Fills `selection.retrieved` with at most `request.budget` positions of `selection.candidates()`, ascending.
     ///
@@ -84,20 +85,24 @@ pub trait Selector: Send + Sync {
     ) -> Result<SelectCost>;
 
     /// State of the tokens that `selection` leaves out, as far as the policy answers for them; untouched `out` and
-    /// `lse` mean that it drops them. Called after `select` of the same step with the same scratch.
+    /// `lse` mean that it drops them, as here. Called after `select` of the same step with the same scratch.
     ///
     /// # Errors
     /// When the index refuses the query.
     fn tail(
         &self,
-        query: &GroupQuery<'_>,
-        selection: &Selection,
-        scratch: &mut SelectScratch,
-        out: floe_cuda::StateMut<'_>,
-    ) -> Result<SelectCost>;
+        _query: &GroupQuery<'_>,
+        _selection: &Selection,
+        _scratch: &mut SelectScratch,
+        _out: floe_cuda::StateMut<'_>,
+    ) -> Result<SelectCost> {
+        Ok(SelectCost::default())
+    }
 
     /// Whether `select` or `tail` read rows of `pages`, beyond those that `publish` saw.
-    fn reads_rows(&self) -> bool;
+    fn reads_rows(&self) -> bool {
+        false
+    }
 
     /// A copy that changes on its own from here on.
     ///
@@ -105,14 +110,18 @@ pub trait Selector: Send + Sync {
     /// When the index cannot be copied.
     fn fork(&self) -> Result<Box<dyn Selector>>;
 
-    /// State as bytes for [`Self::restored`]; `None` when it is built anew from the rows instead.
-    fn snapshot(&self) -> Option<Vec<u8>>;
+    /// State as bytes for [`Self::restored`]; `None`, as here, when it is built anew from the rows instead.
+    fn snapshot(&self) -> Option<Vec<u8>> {
+        None
+    }
 
     /// A selector with the settings of this one and the state that `bytes` hold, which saw positions `0..published`.
     ///
     /// # Errors
     /// When the bytes are no snapshot of such a selector.
-    fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>>;
+    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
+        self.fork()
+    }
 
     /// Bytes kept beside the exact keys and values.
     fn size_bytes(&self) -> usize;
@@ -121,8 +130,8 @@ pub trait Selector: Send + Sync {
 /// Builds the selector of one shard.
 pub(crate) fn selector(config: &Config) -> Result<Box<dyn Selector>> {
     Ok(match config.policy.kind() {
-        PolicyKind::Full => Box::new(dense::Full),
-        PolicyKind::Window => Box::new(dense::Window),
+        PolicyKind::Full => Box::new(dense::Dense::Full),
+        PolicyKind::Window => Box::new(dense::Dense::Window),
         PolicyKind::Quest => Box::new(quest::Quest::new(config.heads.head_dim())),
         PolicyKind::Oracle => Box::new(Oracle::new()),
         PolicyKind::Quantised(kind) => {

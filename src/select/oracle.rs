@@ -56,8 +56,8 @@ impl Selector for Oracle {
         Ok(())
     }
 
-    fn truncate(&mut self, _num_tokens: TokenPos) -> Result<()> {
-        Ok(())
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
+        Ok(num_tokens)
     }
 
     fn select(
@@ -75,30 +75,12 @@ impl Selector for Oracle {
         Ok(SelectCost { bytes_read: num_tokens * shape.head_dim() * shape.dtype().size_bytes() })
     }
 
-    fn tail(
-        &self,
-        _query: &GroupQuery<'_>,
-        _selection: &Selection,
-        _scratch: &mut SelectScratch,
-        _out: floe_cuda::StateMut<'_>,
-    ) -> Result<SelectCost> {
-        Ok(SelectCost::default())
-    }
-
     fn reads_rows(&self) -> bool {
         true
     }
 
     fn fork(&self) -> Result<Box<dyn Selector>> {
         Ok(Box::new(Self { isa: self.isa }))
-    }
-
-    fn snapshot(&self) -> Option<Vec<u8>> {
-        None
-    }
-
-    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
-        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

@@ -39,8 +39,8 @@ impl<E: KvElem> Selector for Quantised<E> {
         Ok(())
     }
 
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
-        Ok(self.rows.truncate((num_tokens as usize).min(self.rows.num_rows()))?)
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
+        Ok(self.rows.truncate((num_tokens as usize).min(self.rows.num_rows()))? as TokenPos)
     }
 
     fn select(
@@ -66,20 +66,8 @@ impl<E: KvElem> Selector for Quantised<E> {
         Ok(SelectCost { bytes_read: self.rows.size_bytes() * between.len() / self.rows.num_rows().max(1) })
     }
 
-    fn reads_rows(&self) -> bool {
-        false
-    }
-
     fn fork(&self) -> Result<Box<dyn Selector>> {
         Ok(Box::new(self.clone()))
-    }
-
-    fn snapshot(&self) -> Option<Vec<u8>> {
-        None
-    }
-
-    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
-        self.fork()
     }
 
     fn size_bytes(&self) -> usize {

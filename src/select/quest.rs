@@ -3,12 +3,13 @@
 
 use std::ops::Range;
 
+use floe_index::IndexError;
+
 use super::group::{max_of_log_softmax, top_k};
 use super::{SelectCost, SelectRequest, SelectScratch, Selector};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::page::ShardPages;
-use crate::query::GroupQuery;
 use crate::selection::Selection;
 use crate::shape::PAGE_TOKENS;
 
@@ -52,14 +53,14 @@ impl Selector for Quest {
         Ok(())
     }
 
-    fn truncate(&mut self, num_tokens: TokenPos) -> Result<()> {
+    fn truncate(&mut self, num_tokens: TokenPos) -> Result<TokenPos> {
         // The bounds of the page that is cut keep the removed tokens: they stay upper bounds, only looser.
         if num_tokens < self.published {
             let pages = (num_tokens as usize).div_ceil(PAGE_TOKENS);
             self.bounds.truncate(pages * 2 * self.head_dim);
             self.published = num_tokens;
         }
-        Ok(())
+        Ok(self.published)
     }
 
     fn select(
@@ -100,30 +101,24 @@ impl Selector for Quest {
         Ok(SelectCost { bytes_read: size_of_val(&self.bounds[..]) })
     }
 
-    fn tail(
-        &self,
-        _query: &GroupQuery<'_>,
-        _selection: &Selection,
-        _scratch: &mut SelectScratch,
-        _out: floe_cuda::StateMut<'_>,
-    ) -> Result<SelectCost> {
-        Ok(SelectCost::default())
-    }
-
-    fn reads_rows(&self) -> bool {
-        false
-    }
-
     fn fork(&self) -> Result<Box<dyn Selector>> {
         Ok(Box::new(self.clone()))
     }
 
+    /// The bounds: those of a page that was cut and refilled cannot be had from its rows.
     fn snapshot(&self) -> Option<Vec<u8>> {
-        None
+        Some(self.bounds.iter().flat_map(|bound| bound.to_le_bytes()).collect())
     }
 
-    fn restored(&self, _bytes: &[u8], _published: TokenPos) -> Result<Box<dyn Selector>> {
-        self.fork()
+    fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>> {
+        let (words, rest) = bytes.as_chunks::<4>();
+        let bounds: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+        let expected = (published as usize).div_ceil(PAGE_TOKENS) * 2 * self.head_dim;
+        if bounds.len() != expected || !rest.is_empty() || bounds.iter().any(|bound| !bound.is_finite()) {
+            let what = "page bounds do not fit the tokens";
+            return Err(IndexError::Snapshot { what, offset: bytes.len() }.into());
+        }
+        Ok(Box::new(Self { bounds, published, ..*self }))
     }
 
     fn size_bytes(&self) -> usize {

@@ -10,6 +10,7 @@ mod dot;
 #[cfg(target_arch = "x86_64")]
 mod entry;
 mod fma_rate;
+mod match_scan;
 pub mod quant;
 mod score_rows;
 mod scratch;
@@ -22,6 +23,7 @@ mod vector;
 
 pub use dense_decode::{SplitScratch, dense_decode};
 pub use fma_rate::fma_rate;
+pub use match_scan::{distances, match_scan};
 pub use score_rows::score_rows;
 pub use scratch::AttendScratch;
 pub use sparse_decode::sparse_decode;

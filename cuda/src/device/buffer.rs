@@ -230,6 +230,55 @@ impl<T: Pod> DeviceBuffer<T> {
             .named("cuMemcpyHtoDAsync")
     }
 
+    /// Queues an overwrite of the elements from `start` on. `data` has been taken when this returns.
+    ///
+    /// # Errors
+    /// A range that leaves the buffer; what the driver reports.
+    pub fn write_async(&mut self, start: usize, data: &[T], stream: &Stream) -> Result<(), DeviceError> {
+        check_range(&(start..start.saturating_add(data.len())), self.len)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let address = self.address + (start * size_of::<T>()) as u64;
+        // SAFETY: the range was checked; the driver stages pageable memory before it returns, and refuses to in a capture.
+        unsafe { result::memcpy_htod_async(address, data, stream.raw()) }.named("cuMemcpyHtoDAsync")
+    }
+
+    /// Queues a copy of a part of another buffer of the device to the elements from `to` on.
+    ///
+    /// # Errors
+    /// Ranges that leave their buffers; what the driver reports.
+    pub fn copy_part(
+        &mut self,
+        to: usize,
+        (other, from): (&Self, Range<usize>),
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        check_range(&from, other.len)?;
+        check_range(&(to..to.saturating_add(from.len())), self.len)?;
+        self.device.bind()?;
+        let size = size_of::<T>();
+        let (target, source) =
+            (self.address + (to * size) as u64, other.address + (from.start * size) as u64);
+        // SAFETY: both ranges lie in their allocations, which are different ones.
+        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
+    }
+
+    /// Queues a fill of a range with one byte.
+    ///
+    /// # Errors
+    /// A range that leaves the buffer; what the driver reports.
+    pub fn fill_range(&mut self, range: Range<usize>, byte: u8, stream: &Stream) -> Result<(), DeviceError> {
+        check_range(&range, self.len)?;
+        self.device.bind()?;
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        // SAFETY: the range lies in the allocation.
+        unsafe { result::memset_d8_async(address, byte, range.len() * size_of::<T>(), stream.raw()) }
+            .named("cuMemsetD8Async")
+    }
+
     /// Queues a fill with one byte.
     ///
     /// # Errors

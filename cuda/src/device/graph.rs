@@ -14,6 +14,9 @@ pub struct Graph {
     exec: sys::CUgraphExec,
 }
 
+// SAFETY: graph handles may be used from any thread, one at a time; launching takes the driver's own lock.
+unsafe impl Send for Graph {}
+
 impl Graph {
     /// Records what `work` queues on `stream` instead of running it.
     ///

@@ -25,6 +25,7 @@
 //! hot tier's `kv` [num_rows, 2, head_dim].
 
 mod append_kv;
+pub mod cache;
 mod decode;
 mod fetch;
 mod match_scan;

@@ -14,15 +14,16 @@ mod tree;
 
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::flat::{Flat, check_dim};
 use crate::found::Found;
 use crate::index::{Batch, KeyId, KeyIndex, MemoryReport, Query, SearchParams, TailOut};
 use crate::pages::{Pages, Removed};
 use crate::scratch::Scratch;
-use crate::search::tail;
 use crate::simd::Isa;
 use crate::sketch::SketchConfig;
 use crate::snapshot::{Kind, Reader, Writer};
+use crate::tail::tail;
 use tree::Tree;
 
 /// See the module documentation.
@@ -136,6 +137,10 @@ impl KeyIndex for Dci {
     ) -> Result<(), IndexError> {
         let from = (&self.pages, self.tree.levels.as_slice());
         tail(self.isa, from, (query, found, scratch), state)
+    }
+
+    fn pages(&self) -> Option<PageView<'_>> {
+        Some(PageView::of(&self.pages))
     }
 
     fn memory(&self) -> MemoryReport {

@@ -10,7 +10,7 @@ const RATIO_UPPER: usize = 5;
 pub(crate) struct Levels {
     /// Tokens of each level, those removed and kept as signposts included.
     pub counts: Vec<usize>,
-    next: usize,
+    pub next: usize,
 }
 
 impl Levels {

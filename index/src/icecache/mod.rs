@@ -26,10 +26,12 @@ mod build;
 mod insert;
 mod levels;
 mod search;
+mod snapshot;
 mod store;
 
 use crate::check;
 use crate::error::IndexError;
+use crate::export::PageView;
 use crate::flat::check_dim;
 use crate::found::Found;
 use crate::idmap::IdMap;
@@ -76,21 +78,17 @@ impl Icecache {
         })
     }
 
-    /// The index that `snapshot` wrote. The tree is built anew from its tokens, as after a prefill: insertions and removals
-    /// before the snapshot leave no trace in it.
+    /// The index that `snapshot` wrote, link by link.
     ///
     /// # Errors
     /// `Snapshot` for any other bytes.
     pub fn restore(bytes: &[u8]) -> Result<Self, IndexError> {
         let mut from = Reader::new(bytes, Kind::Icecache)?;
         let dim = from.len()?;
-        let mut index = Self::new(dim, 0).map_err(|_| from.damaged("dimension"))?;
-        index.store.line = Line { direction: from.f32s(dim)?, lift: 0.0 };
-        index.store.line.lift = from.f32s(1)?.iter().sum();
-        let (ids, keys) = keys16::read(&mut from, dim)?;
+        let empty = Self::new(dim, 0).map_err(|_| from.damaged("dimension"))?;
+        let (store, levels, map) = snapshot::read(&mut from, empty.store)?;
         from.finish()?;
-        index.build_all(&ids, &keys);
-        Ok(index)
+        Ok(Self { store, levels, map, stamp: 0 })
     }
 
     /// Tokens over page slots; 1 when there is no page.
@@ -188,6 +186,10 @@ impl KeyIndex for Icecache {
         found.empty_tail(query, (self.store.dim, self.stamp), state)
     }
 
+    fn pages(&self) -> Option<PageView<'_>> {
+        None
+    }
+
     fn memory(&self) -> MemoryReport {
         MemoryReport {
             ids_bytes: 4 * self.store.ids.capacity() + self.map.size_bytes(),
@@ -199,12 +201,7 @@ impl KeyIndex for Icecache {
 
     fn snapshot(&self) -> Vec<u8> {
         let mut to = Writer::new(Kind::Icecache);
-        to.len(self.store.dim);
-        to.f32s(&self.store.line.direction);
-        to.f32s(&[self.store.line.lift]);
-        let live = || (0..self.store.ids.len() as u32).filter(|&t| self.store.live[t as usize]);
-        let ids: Vec<KeyId> = live().map(|t| self.store.ids[t as usize]).collect();
-        keys16::write(&mut to, &ids, live().map(|t| self.store.row(t)));
+        snapshot::write(self, &mut to);
         to.finish()
     }
 }

@@ -72,14 +72,14 @@ pub(crate) struct Store {
     pub nodes: Vec<Node>,
     /// Token of each node; `NONE` for the root and free nodes.
     pub owner: Vec<u32>,
-    free_nodes: Vec<u32>,
+    pub free_nodes: Vec<u32>,
     /// `[pages, 16, dim]`
     pub keys: Vec<bf16>,
     /// `[pages, 16]` token or `NONE`.
     pub lanes: Vec<u32>,
     /// `[pages]` tokens.
     pub fill: Vec<u32>,
-    free_pages: Vec<u32>,
+    pub free_pages: Vec<u32>,
 }
 
 impl Store {

@@ -5,6 +5,7 @@ pub(crate) mod dense;
 pub mod exp;
 pub(crate) mod hadamard;
 mod isa;
+pub(crate) mod pairs;
 pub(crate) mod prefetch;
 pub(crate) mod vectorise;
 

@@ -39,13 +39,14 @@ mod encode;
 mod planes;
 mod query;
 
+pub use crate::simd::codes::{Pairs, Weights};
 pub use config::{ParseSketchError, SketchConfig};
 pub use query::PreparedQuery;
 
 use crate::error::IndexError;
 use crate::rotate::Rotation;
 use crate::simd::Isa;
-use crate::simd::codes::{self, LINE_DIMS, PAGE_TOKENS};
+use crate::simd::codes::{self, LINE_DIMS, PAGE_TOKENS, PageCodes};
 use planes::{Kind, Store, StoreMut};
 
 /// The sketches of all tokens of one shard.
@@ -180,25 +181,25 @@ impl Sketch {
         }
     }
 
-    /// Residual scores of whole pages: `out[i][g][t] = softmax scale * q_g . residual_t` for the tokens `t` of `pages[i]`, `out`
-    /// `[pages][group][16]` f32; 0 for empty slots. Add `q_g . m_k * softmax scale` of the page's reference mean. The codes of
-    /// a page are read once for the whole group.
+    /// Residual scores of whole pages: `out[p][t] = softmax scale * q_h . residual_t` for the head `h` and the tokens `t` of the page of
+    /// pair `p`, `out` `[pairs][16]` f32; 0 for empty slots. Add `q_h . m_k * softmax scale` of the page's reference mean. The codes
+    /// of a page are read once for all its heads.
     ///
     /// # Panics
-    /// When a page does not exist, `query` was prepared by another sketch, or `out` has another length.
-    pub fn score(&self, query: &PreparedQuery, pages: &[u32], out: &mut [f32]) {
-        codes::score(self.isa, &self.keys.codes(), &query.codes, pages, out);
+    /// When a page or head does not exist, `query` was prepared by another sketch, or `out` has another length.
+    pub fn score(&self, query: &PreparedQuery, pairs: &Pairs<'_>, out: &mut [f32]) {
+        codes::score(self.isa, &self.keys.codes(), &query.codes, pairs, out);
     }
 
-    /// Adds weighted value residuals of whole pages, still rotated: `acc[g] += sum_i sum_t weights[i][g][t] * R residual_t` over the
-    /// tokens `t` of `pages[i]`. `weights` `[pages][group][16]` f32 (zero for tokens to leave out), `acc` `[group][padded_dim]` f32.
-    /// Weights are rounded per page and head to 1/127 of the largest `weight * scale`.
+    /// Adds weighted value residuals of whole pages, still rotated: `acc[h] += sum_p sum_t weight_p[t] * R residual_t` over the pairs
+    /// `p` of head `h` and the tokens `t` of their pages, `acc` `[group][padded_dim]` f32. Products of weight and scale are rounded to
+    /// 1/127 of the pair's sum times the page's largest scale.
     ///
     /// # Panics
-    /// When a page does not exist, a slice has another length, or the sketch keeps no value bits.
-    pub fn add_weighted(&self, pages: &[u32], weights: &[f32], acc: &mut [f32]) {
+    /// When a page or head does not exist, a slice has another length, or the sketch keeps no value bits.
+    pub fn add_weighted(&self, pairs: &Pairs<'_>, weights: Weights<'_>, acc: &mut [f32]) {
         assert!(self.config.v_bits() > 0, "sketch {} keeps no value bits", self.config);
-        codes::add_weighted(self.isa, &self.values.codes(), pages, weights, acc);
+        codes::add_weighted(self.isa, &self.values.codes(), pairs, weights, acc);
     }
 
     /// Rotates one head's sums back: `acc` `[padded_dim]` f32, of which the first `dim` are the result. Add the weights' sum times the
@@ -240,14 +241,19 @@ impl Sketch {
         self.rotation.apply_inverse(out);
     }
 
+    /// Key codes and scales of all pages.
+    pub fn key_codes(&self) -> PageCodes<'_> {
+        self.keys.codes()
+    }
+
+    /// Value codes and scales of all pages.
+    pub fn value_codes(&self) -> PageCodes<'_> {
+        self.values.codes()
+    }
+
     /// Host bytes owned: codes and scales.
     pub fn size_bytes(&self) -> usize {
         self.keys.size_bytes() + self.values.size_bytes()
-    }
-
-    /// Key scales of a page's tokens, 0 for empty slots; the variance of a score is proportional to its square.
-    pub fn key_scales(&self, page: u32) -> [f32; PAGE_TOKENS] {
-        self.keys.codes().scales[page as usize].map(|bits| half::f16::from_bits(bits).to_f32())
     }
 
     /// Bytes that scoring a page reads.

@@ -3,9 +3,7 @@
 use super::Sketch;
 use crate::index::Query;
 use crate::simd::Isa;
-use crate::simd::codes::{
-    self, BYTE_MAX, HEADS_PER_PASS, LINE_DIMS, QUAD_MAX, QueryCodes, TWO_DIGITS_MAX, Table, digits,
-};
+use crate::simd::codes::{self, BYTE_MAX, LINE_DIMS, QUAD_MAX, QueryCodes, TWO_DIGITS_MAX, Table, digits};
 
 /// A group of rotated, rounded queries; reusable, allocates only while it grows.
 ///
@@ -131,31 +129,22 @@ fn nearest(x: f32) -> i32 {
 fn fill_tables(isa: Isa, bytes: &[i8], codes: &mut QueryCodes) {
     let lines = codes.lines;
     codes.tables.resize(2 * lines * codes.group, Table([0; 64]));
-    for (head, bytes) in bytes.chunks_exact(lines * LINE_DIMS).enumerate() {
-        let first = head - head % HEADS_PER_PASS;
-        let heads = (codes.group - first).min(HEADS_PER_PASS);
-        codes::tables(isa, bytes, |line, nibble, table| {
-            codes.tables[2 * first * lines + (2 * line + nibble) * heads + head - first] = table;
-        });
+    for (tables, bytes) in codes.tables.chunks_exact_mut(2 * lines).zip(bytes.chunks_exact(lines * LINE_DIMS))
+    {
+        codes::tables(isa, bytes, |line, nibble, table| tables[2 * line + nibble] = table);
     }
 }
 
 fn fill_words(units: &[i32], codes: &mut QueryCodes) {
-    let padded = codes.lines * LINE_DIMS;
     let digits = digits(codes.bits);
-    for first in (0..codes.group).step_by(HEADS_PER_PASS) {
-        let heads = first..(first + HEADS_PER_PASS).min(codes.group);
-        for line in 0..codes.lines {
-            for digit in (0..digits).rev() {
-                for bit in 0..8 {
-                    codes.words.extend(heads.clone().map(|head| {
-                        let byte = |i: usize| {
-                            let unit = units[head * padded + LINE_DIMS * line + 8 * i + bit];
-                            if digits == 1 { unit as i8 } else { split(unit)[digit] }
-                        };
-                        i32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)].map(|b| b as u8))
-                    }));
-                }
+    for units in units.as_chunks::<LINE_DIMS>().0 {
+        for digit in (0..digits).rev() {
+            for bit in 0..8 {
+                let byte = |i: usize| {
+                    let unit = units[8 * i + bit];
+                    if digits == 1 { unit as i8 } else { split(unit)[digit] }
+                };
+                codes.words.push(i32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)].map(|b| b as u8)));
             }
         }
     }

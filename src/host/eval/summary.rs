@@ -17,6 +17,8 @@ pub struct EvalRow {
     pub policy: String,
     /// Tokens attended exactly.
     pub budget: usize,
+    /// First layers that stayed dense.
+    pub dense_layers: usize,
     /// Questions.
     pub n: usize,
     /// Mean score.
@@ -49,10 +51,11 @@ const Z: f64 = 1.96;
 pub fn summarise(outcomes: &[Outcome]) -> Vec<EvalRow> {
     let name =
         |o: &Outcome| if o.task == "perplexity" { format!("{} {}", o.task, o.text) } else { o.task.clone() };
-    type Key<'a> = (String, usize, &'a str, usize);
+    type Key<'a> = (String, usize, &'a str, usize, usize);
     let mut groups: Vec<(Key<'_>, Vec<&Outcome>)> = Vec::new();
     for outcome in outcomes {
-        let key = (name(outcome), outcome.context, outcome.policy.as_str(), outcome.budget);
+        let o = outcome;
+        let key = (name(o), o.context, o.policy.as_str(), o.budget, o.dense_layers);
         match groups.iter_mut().find(|(known, _)| *known == key) {
             Some((_, of)) => of.push(outcome),
             None => groups.push((key, vec![outcome])),
@@ -60,7 +63,7 @@ pub fn summarise(outcomes: &[Outcome]) -> Vec<EvalRow> {
     }
     groups
         .into_iter()
-        .map(|((task, context, policy, budget), of)| {
+        .map(|((task, context, policy, budget, dense_layers), of)| {
             let n = of.len();
             let steps = of.iter().map(|o| o.steps).sum::<usize>().max(1) as f64;
             let right: Vec<&&Outcome> = of.iter().filter(|o| o.full_score >= 1.0).collect();
@@ -74,6 +77,7 @@ pub fn summarise(outcomes: &[Outcome]) -> Vec<EvalRow> {
                 context,
                 policy: policy.to_owned(),
                 budget,
+                dense_layers,
                 n,
                 accuracy,
                 accuracy_interval: wilson(accuracy, trials),
@@ -118,6 +122,7 @@ pub fn eval_table(rows: &[EvalRow]) -> Table {
         Column::number("context"),
         Column::text("policy"),
         Column::number("budget"),
+        Column::number("dense"),
         Column::number("n"),
         Column::number("accuracy"),
         Column::text("95 %"),
@@ -136,6 +141,7 @@ pub fn eval_table(rows: &[EvalRow]) -> Table {
             Cell::number(row.context as f64, NumberFormat::Plain),
             Cell::text(&row.policy),
             Cell::number(row.budget as f64, NumberFormat::Plain),
+            Cell::number(row.dense_layers as f64, NumberFormat::Plain),
             Cell::number(row.n as f64, NumberFormat::Plain),
             Cell::number(row.accuracy, three),
             Cell::text(format!("{low:.2}-{high:.2}")),
@@ -169,6 +175,7 @@ mod tests {
             question,
             policy: "floe".into(),
             budget: 96,
+            dense_layers: 0,
             score,
             full_score,
             steps: 10,

@@ -72,22 +72,20 @@ impl<E: KvElem> Kivi<E> {
         codes + params * size_of::<f16>() + size_of_val(&self.exact[..])
     }
 
-    /// A cut inside a quantised group of tokens turns what is left of it into exact rows, rounded to `E`.
-    pub fn truncate(&mut self, len: usize) {
+    /// Returns the rows left: fewer than `len` where rows are quantised that would still be exact if no others had followed.
+    pub fn truncate(&mut self, len: usize) -> usize {
         let (coded, row_len) = (self.num_coded(), 2 * self.head_dim);
-        if len >= coded {
+        let kept = len.saturating_sub(self.residual) / GROUP * GROUP;
+        if kept >= coded {
             self.exact.truncate((len - coded) * row_len);
-            return;
+            return len;
         }
-        let kept = len / GROUP * GROUP;
-        let mut rows = vec![0.0; (len - kept) * row_len];
-        self.unpack(kept, &mut Vec::new(), &mut rows);
         self.exact.clear();
-        self.exact.extend(rows.into_iter().map(E::from_f32));
         self.key_codes.truncate(kept * self.key_bytes());
         self.key_params.truncate(kept / GROUP * row_len);
         self.value_codes.truncate(kept * self.value_bytes());
         self.value_params.truncate(kept * self.value_params_len());
+        kept
     }
 
     /// `k` and `v` [n, head_dim].

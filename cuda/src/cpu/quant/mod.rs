@@ -104,19 +104,20 @@ impl<E: KvElem> QuantKv<E> {
         Ok(())
     }
 
-    /// Keeps the first `len` rows.
-    ///
-    /// `kivi2`: a cut among quantised rows leaves up to 31 of them as exact copies of their quantised values.
+    /// Keeps the first `len` rows, or fewer, and returns how many: `kivi2` also gives up rows that it had to quantise only
+    /// because of those that are gone now. Whoever appends them again has what the first `len` rows alone would have given.
     ///
     /// # Errors
     /// `len` above the number of rows.
-    pub fn truncate(&mut self, len: usize) -> Result<(), KernelError> {
+    pub fn truncate(&mut self, len: usize) -> Result<usize, KernelError> {
         check_range(&(0..len), self.num_rows())?;
         match &mut self.codes {
-            Codes::Token(codes) => codes.truncate(len),
-            Codes::Kivi(codes) => codes.truncate(len),
+            Codes::Token(codes) => {
+                codes.truncate(len);
+                Ok(len)
+            }
+            Codes::Kivi(codes) => Ok(codes.truncate(len)),
         }
-        Ok(())
     }
 
     /// The rows in `range` as f32, to `out` [range.len(), 2, head_dim].

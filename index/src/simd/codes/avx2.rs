@@ -3,7 +3,9 @@
 use std::arch::x86_64::*;
 
 use super::scalar::STEP_MIN;
-use super::{BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, QUAD_MAX, QueryCodes, Scales};
+use super::{
+    BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Scales, Weights, digits,
+};
 
 /// Eight lanes of a line.
 #[inline]
@@ -186,51 +188,68 @@ fn nibbles(high: __m256i, low: __m256i) -> (__m256i, __m256i) {
 /// over the bits of one line are exact.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot<const N: usize>(sum: __m256i, codes: &[__m256i], words: [i32; N]) -> __m256i {
+fn dot(sum: __m256i, codes: &[__m256i], words: &[i32]) -> __m256i {
     let mut pairs = _mm256_setzero_si256();
     for (codes, word) in codes.iter().zip(words) {
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(*codes, _mm256_set1_epi32(word)));
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(*codes, _mm256_set1_epi32(*word)));
     }
     _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
+/// Dot products of half a page's tokens with each of up to `HEADS` heads' digits, so that codes are taken apart once for them.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dots_of_heads<const BITS: usize>(
+    page: &[Line],
+    query: &QueryCodes,
+    heads: &[u16],
+    half: usize,
+) -> [[__m256i; HEADS]; 2] {
+    let digits = digits(BITS);
+    let (words, _) = query.words.as_chunks::<8>();
+    let mut sums = [[_mm256_setzero_si256(); HEADS]; 2];
+    for v in 0..query.lines {
+        let codes = codes_by_bit::<BITS>(page, query.lines, v, half);
+        for (g, &head) in heads.iter().enumerate() {
+            let words = &words[(usize::from(head) * query.lines + v) * digits..][..digits];
+            for (sums, words) in sums.iter_mut().zip(words) {
+                sums[g] = dot(sums[g], &codes, words);
+            }
+        }
+    }
+    sums
+}
+
+/// Heads scored together.
+const HEADS: usize = 4;
+
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
+pub(super) fn score<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     query: &QueryCodes,
-    first: usize,
-    pages: &[u32],
-    out: &mut [f32],
+    pairs: &Pairs<'_>,
+    out: &mut [[f32; PAGE_TOKENS]],
 ) {
-    let words = &query.words[first * query.lines * DIGITS * 8..];
-    let (words, _) = words[..HEADS * query.lines * DIGITS * 8].as_chunks::<HEADS>();
-    let (words, _) = words.as_chunks::<8>();
-    let (words, _) = words.as_chunks::<DIGITS>();
     let per_page = codes.lines_per_page();
-    for (&page, out) in pages.iter().zip(out.chunks_exact_mut(query.group * PAGE_TOKENS)) {
+    for (page, range) in pairs.iter() {
         let lines = &codes.lines[page as usize * per_page..][..per_page];
-        for half in 0..2 {
-            let mut sums = [[_mm256_setzero_si256(); HEADS]; DIGITS];
-            for (v, words) in words.iter().enumerate() {
-                let codes = codes_by_bit::<BITS>(lines, query.lines, v, half);
-                for (sums, words) in sums.iter_mut().zip(words) {
-                    for (g, sum) in sums.iter_mut().enumerate() {
-                        let of_head: [i32; 8] = std::array::from_fn(|s| words[s][g]);
-                        *sum = dot(*sum, &codes, of_head);
+        let of_page = pairs.heads[range.clone()].chunks(HEADS).zip(out[range].chunks_mut(HEADS));
+        for (heads, out) in of_page {
+            for half in 0..2 {
+                let sums = dots_of_heads::<BITS>(lines, query, heads, half);
+                let scales = load_scales(&codes.scales[page as usize], half);
+                for (g, (&head, out)) in heads.iter().zip(out.iter_mut()).enumerate() {
+                    let mut dot = sums[0][g];
+                    if digits(BITS) == 2 {
+                        dot = _mm256_add_epi32(_mm256_slli_epi32::<7>(dot), sums[1][g]);
                     }
+                    let head = usize::from(head);
+                    let middle = _mm256_set1_epi32(((1 << BITS) - 1) * query.offsets[head]);
+                    let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(dot, dot), middle));
+                    let step = _mm256_set1_ps(query.steps[head]);
+                    let (out, _) = out.as_chunks_mut::<8>();
+                    store(&mut out[half], _mm256_mul_ps(_mm256_mul_ps(exact, step), scales));
                 }
-            }
-            let scales = load_scales(&codes.scales[page as usize], half);
-            let (out, _) = out[first * PAGE_TOKENS..].as_chunks_mut::<8>();
-            for g in 0..HEADS {
-                let mut dot = sums[0][g];
-                for sums in &sums[1..] {
-                    dot = _mm256_add_epi32(_mm256_slli_epi32::<7>(dot), sums[g]);
-                }
-                let middle = _mm256_set1_epi32(((1 << BITS) - 1) * query.offsets[first + g]);
-                let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(dot, dot), middle));
-                let step = _mm256_set1_ps(query.steps[first + g]);
-                store(&mut out[2 * g + half], _mm256_mul_ps(_mm256_mul_ps(exact, step), scales));
             }
         }
     }
@@ -240,28 +259,13 @@ pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
 /// their sum.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn round_weights(weights: &[f32; PAGE_TOKENS], scales: [__m256; 2]) -> (f32, [i32; 4], i32) {
+fn round_weights(weights: &[f32; PAGE_TOKENS], step: f32, scales: [__m256; 2]) -> ([i32; 4], i32) {
     let (halves, _) = weights.as_chunks::<8>();
-    let zero = _mm256_setzero_ps();
-    let products = [
-        _mm256_max_ps(_mm256_mul_ps(load(&halves[0]), scales[0]), zero),
-        _mm256_max_ps(_mm256_mul_ps(load(&halves[1]), scales[1]), zero),
-    ];
-    let need = products.map(|p| {
-        let pairs = _mm256_add_ps(p, _mm256_permute_ps::<0b10_11_00_01>(p));
-        let quads = _mm256_add_ps(pairs, _mm256_permute_ps::<0b01_00_11_10>(pairs));
-        let alone = _mm256_mul_ps(p, _mm256_set1_ps(1.0 / BYTE_MAX as f32));
-        _mm256_max_ps(alone, _mm256_mul_ps(quads, _mm256_set1_ps(1.0 / QUAD_MAX as f32)))
-    });
-    let most = _mm256_max_ps(need[0], need[1]);
-    let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
-    let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-    let step = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
-    if step < STEP_MIN {
-        return (0.0, [0; 4], 0);
-    }
     let inverse = _mm256_set1_ps(1.0 / step);
-    let rounded = products.map(|p| _mm256_cvtps_epi32(_mm256_mul_ps(p, inverse)));
+    let rounded = [0, 1].map(|half: usize| {
+        let product = _mm256_mul_ps(load(&halves[half]), scales[half]);
+        _mm256_cvtps_epi32(_mm256_mul_ps(product, inverse))
+    });
     let sum = sum_ints(_mm256_add_epi32(rounded[0], rounded[1]));
     let halves = rounded.map(|r| {
         let low = _mm256_castsi256_si128(r);
@@ -276,41 +280,50 @@ fn round_weights(weights: &[f32; PAGE_TOKENS], scales: [__m256; 2]) -> (f32, [i3
         _mm_extract_epi32::<2>(bytes),
         _mm_extract_epi32::<3>(bytes),
     ];
-    (step, words, sum)
+    (words, sum)
+}
+
+/// Largest of sixteen scales, times 1/127; at least 0.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn unit_of(scales: [__m256; 2]) -> f32 {
+    let most = _mm256_max_ps(_mm256_max_ps(scales[0], scales[1]), _mm256_setzero_ps());
+    let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
+    let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most))) * (1.0 / BYTE_MAX as f32)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
+pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
-    first: usize,
-    pages: &[u32],
-    weights: &[f32],
+    pairs: &Pairs<'_>,
+    weights: Weights<'_>,
     acc: &mut [f32],
 ) {
-    let (per_page, group) = (codes.lines_per_page(), weights.len() / (pages.len() * PAGE_TOKENS));
-    let (lines, dims) = (per_page / BITS, acc.len() / HEADS);
-    for (&page, weights) in pages.iter().zip(weights.chunks_exact(group * PAGE_TOKENS)) {
+    let per_page = codes.lines_per_page();
+    let (lines, dims) = (per_page / BITS, per_page / BITS * LINE_DIMS);
+    for (page, range) in pairs.iter() {
         let page_lines = &codes.lines[page as usize * per_page..][..per_page];
         let scales = &codes.scales[page as usize];
         let scales = [load_scales(scales, 0), load_scales(scales, 1)];
-        let (weights, _) = weights[first * PAGE_TOKENS..].as_chunks::<PAGE_TOKENS>();
-        let mut rounded = [(0.0, [0; 4], 0); HEADS];
-        for (rounded, weights) in rounded.iter_mut().zip(weights) {
-            *rounded = round_weights(weights, scales);
-        }
-        if rounded.iter().all(|(step, ..)| *step == 0.0) {
-            continue;
-        }
-        for (v, half) in (0..lines).flat_map(|v| [(v, 0), (v, 1)]) {
-            let codes = codes_by_bit::<BITS>(page_lines, lines, v, half);
-            for (h, codes) in codes.as_chunks::<4>().0.iter().enumerate() {
-                for (g, (step, words, sum)) in rounded.iter().enumerate() {
-                    let dot = dot(_mm256_setzero_si256(), codes, *words);
+        let unit = unit_of(scales);
+        for p in range {
+            let head = usize::from(pairs.heads[p]);
+            let Some((weights, sum)) = weights.of(p, head) else { continue };
+            let step = sum * unit;
+            if step < STEP_MIN {
+                continue;
+            }
+            let (words, sum) = round_weights(weights, step, scales);
+            let acc = &mut acc[head * dims..][..dims];
+            for (v, half) in (0..lines).flat_map(|v| [(v, 0), (v, 1)]) {
+                let codes = codes_by_bit::<BITS>(page_lines, lines, v, half);
+                for (h, codes) in codes.as_chunks::<4>().0.iter().enumerate() {
+                    let dot = dot(_mm256_setzero_si256(), codes, &words);
                     let middle = _mm256_set1_epi32(((1 << BITS) - 1) * sum);
                     let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(dot, dot), middle));
-                    let at = g * dims + LINE_DIMS * v + 16 * h + 8 * half;
-                    let (row, _) = acc[at..].as_chunks_mut::<8>();
-                    let sum = _mm256_fmadd_ps(exact, _mm256_set1_ps(*step), load(&row[0]));
+                    let (row, _) = acc[LINE_DIMS * v + 16 * h + 8 * half..].as_chunks_mut::<8>();
+                    let sum = _mm256_fmadd_ps(exact, _mm256_set1_ps(step), load(&row[0]));
                     store(&mut row[0], sum);
                 }
             }

@@ -4,9 +4,9 @@ use std::arch::x86_64::*;
 
 use super::scalar::STEP_MIN;
 use super::{
-    BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PAGES_PER_PASS, PageCodes, QUAD_MAX, QueryCodes, Scales,
-    Table,
+    BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Scales, Table, Weights,
 };
+use crate::simd::prefetch::prefetch;
 
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -212,183 +212,165 @@ pub(super) fn tables(units: &[i8], mut put: impl FnMut(usize, usize, Table)) {
     }
 }
 
+/// Table indexes of `LINES` lines of `BITS` planes of a page, in registers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn indexes_of<const LINES: usize, const BITS: usize>(
+    page: &[Line],
+    lines: usize,
+) -> [[[__m512i; 2]; LINES]; BITS] {
+    let mut all = [[[_mm512_setzero_si512(); 2]; LINES]; BITS];
+    for (plane, of_plane) in all.iter_mut().enumerate() {
+        for (v, index) in of_plane.iter_mut().enumerate() {
+            *index = indexes(load_line(&page[plane * lines + v]));
+        }
+    }
+    all
+}
+
+/// Pages between asking for codes and using them.
+const AHEAD: usize = 4;
+
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vbmi,avx512vnni")]
-pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
+pub(super) fn score<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     query: &QueryCodes,
-    first: usize,
-    pages: &[u32],
-    out: &mut [f32],
+    pairs: &Pairs<'_>,
+    out: &mut [[f32; PAGE_TOKENS]],
 ) {
     let per_page = codes.lines_per_page();
-    for (&page, out) in pages.iter().zip(out.chunks_exact_mut(query.group * PAGE_TOKENS)) {
+    for (i, (page, range)) in pairs.iter().enumerate() {
+        if let Some(&ahead) = pairs.pages.get(i + AHEAD) {
+            prefetch(&codes.lines[ahead as usize * per_page..][..per_page]);
+        }
         let lines = &codes.lines[page as usize * per_page..][..per_page];
-        let dots = if BITS <= 2 {
-            dots_by_table::<HEADS, BITS>(lines, query, first)
-        } else {
-            dots_by_product::<HEADS, DIGITS>(lines, query, first)
-        };
         let scales = load_scales(&codes.scales[page as usize]);
-        let (out, _) = out[first * PAGE_TOKENS..].as_chunks_mut::<PAGE_TOKENS>();
-        for g in 0..HEADS {
-            let offset = _mm512_set1_epi32(((1 << BITS) - 1) * query.offsets[first + g]);
-            let exact = _mm512_sub_epi32(_mm512_add_epi32(dots[g], dots[g]), offset);
-            let exact = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(query.steps[first + g]));
-            store(&mut out[g], _mm512_mul_ps(exact, scales));
+        let pairs = pairs.heads[range.clone()].iter().zip(&mut out[range]);
+        let finish = |dot: __m512i, head: usize, out: &mut [f32; PAGE_TOKENS]| {
+            let offset = _mm512_set1_epi32(((1 << BITS) - 1) * query.offsets[head]);
+            let exact = _mm512_sub_epi32(_mm512_add_epi32(dot, dot), offset);
+            let exact = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(query.steps[head]));
+            store(out, _mm512_mul_ps(exact, scales));
+        };
+        if BITS == 4 {
+            for (&head, out) in pairs {
+                finish(dot_by_product(lines, query, usize::from(head)), usize::from(head), out);
+            }
+        } else if LINES > 0 {
+            let indexes = indexes_of::<LINES, BITS>(lines, LINES);
+            for (&head, out) in pairs {
+                let head = usize::from(head);
+                let (tables, _) = query.tables[2 * LINES * head..][..2 * LINES].as_chunks::<2>();
+                let mut sums = [_mm512_setzero_si512(); BITS];
+                for (v, tables) in tables.iter().enumerate() {
+                    for (nibble, table) in tables.iter().enumerate() {
+                        let table = load_table(table);
+                        for (plane, (sum, indexes)) in sums.iter_mut().zip(&indexes).enumerate() {
+                            let quads = _mm512_permutexvar_epi8(indexes[v][nibble], table);
+                            *sum =
+                                _mm512_dpbusd_epi32(*sum, quads, _mm512_set1_epi8(1 << (BITS - 1 - plane)));
+                        }
+                    }
+                }
+                let dot = sums[1..].iter().fold(sums[0], |dot, sum| _mm512_add_epi32(dot, *sum));
+                finish(dot, head, out);
+            }
+        } else {
+            for (&head, out) in pairs {
+                finish(dot_by_table::<BITS>(lines, query, usize::from(head)), usize::from(head), out);
+            }
         }
     }
 }
 
-/// Dot products of the 16 tokens' codes with each head: one look-up serves 64 quads, one VNNI instruction sums four of them.
+/// Dot products of the 16 tokens' codes with one head: one look-up serves 64 quads, one VNNI instruction sums four of them.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vnni")]
-fn dots_by_table<const HEADS: usize, const BITS: usize>(
-    lines: &[Line],
-    query: &QueryCodes,
-    first: usize,
-) -> [__m512i; HEADS] {
-    let (tables, _) = query.tables[2 * first * query.lines..].as_chunks::<HEADS>();
-    let (tables, _) = tables[..2 * query.lines].as_chunks::<2>();
-    let mut sums = [_mm512_setzero_si512(); HEADS];
+fn dot_by_table<const BITS: usize>(lines: &[Line], query: &QueryCodes, head: usize) -> __m512i {
+    let (tables, _) = query.tables[2 * query.lines * head..][..2 * query.lines].as_chunks::<2>();
+    let mut sum = _mm512_setzero_si512();
     for (v, tables) in tables.iter().enumerate() {
         for plane in 0..BITS {
             let weight = _mm512_set1_epi8(1 << (BITS - 1 - plane));
             let indexes = indexes(load_line(&lines[plane * query.lines + v]));
-            for (index, tables) in indexes.iter().zip(tables) {
-                for (sum, table) in sums.iter_mut().zip(tables) {
-                    let quads = _mm512_permutexvar_epi8(*index, load_table(table));
-                    *sum = _mm512_dpbusd_epi32(*sum, quads, weight);
-                }
+            for (index, table) in indexes.iter().zip(tables) {
+                let quads = _mm512_permutexvar_epi8(*index, load_table(table));
+                sum = _mm512_dpbusd_epi32(sum, quads, weight);
             }
         }
     }
-    sums
+    sum
 }
 
-/// Dot products of the 16 tokens' four-bit codes with each head's digits.
+/// Dot products of the 16 tokens' four-bit codes with one head's two digits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn dots_by_product<const HEADS: usize, const DIGITS: usize>(
-    lines: &[Line],
-    query: &QueryCodes,
-    first: usize,
-) -> [__m512i; HEADS] {
-    let words = &query.words[first * query.lines * DIGITS * 8..];
-    let (words, _) = words[..HEADS * query.lines * DIGITS * 8].as_chunks::<HEADS>();
-    let (words, _) = words.as_chunks::<8>();
-    let (words, _) = words.as_chunks::<DIGITS>();
-    let mut sums = [[_mm512_setzero_si512(); HEADS]; DIGITS];
+fn dot_by_product(lines: &[Line], query: &QueryCodes, head: usize) -> __m512i {
+    let (words, _) = query.words[16 * query.lines * head..][..16 * query.lines].as_chunks::<8>();
+    let (words, _) = words.as_chunks::<2>();
+    let mut sums = [_mm512_setzero_si512(); 2];
     for (v, words) in words.iter().enumerate() {
         let codes = codes_by_bit(lines, query.lines, v);
-        for (sums, words) in sums.iter_mut().zip(words) {
-            for (codes, words) in codes.iter().zip(words) {
-                for (sum, &word) in sums.iter_mut().zip(words) {
-                    *sum = _mm512_dpbusd_epi32(*sum, *codes, _mm512_set1_epi32(word));
-                }
+        for (sum, words) in sums.iter_mut().zip(words) {
+            for (codes, &word) in codes.iter().zip(words) {
+                *sum = _mm512_dpbusd_epi32(*sum, *codes, _mm512_set1_epi32(word));
             }
         }
     }
-    let mut dots = sums[0];
-    for sums in &sums[1..] {
-        for (dot, sum) in dots.iter_mut().zip(sums) {
-            *dot = _mm512_add_epi32(_mm512_slli_epi32::<7>(*dot), *sum);
-        }
-    }
-    dots
-}
-
-/// Rounded weights of the heads of up to [`PAGES_PER_PASS`] pages.
-struct Weights<const HEADS: usize> {
-    tables: [[Table; HEADS]; PAGES_PER_PASS],
-    steps: [[f32; HEADS]; PAGES_PER_PASS],
-    offsets: [[i32; HEADS]; PAGES_PER_PASS],
-}
-
-/// Rounds a page's products of weights and scales for one head to multiples of the returned step; fills their table and
-/// returns what the codes' offset adds to every sum, in half levels.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vbmi,avx512vnni")]
-fn round_weights<const BITS: usize>(
-    weights: &[f32; PAGE_TOKENS],
-    scales: __m512,
-    table: &mut Table,
-) -> (f32, i32) {
-    let products = _mm512_max_ps(_mm512_mul_ps(load(weights), scales), _mm512_setzero_ps());
-    let pairs = _mm512_add_ps(products, _mm512_permute_ps::<0b10_11_00_01>(products));
-    let quads = _mm512_add_ps(pairs, _mm512_permute_ps::<0b01_00_11_10>(pairs));
-    let alone = _mm512_mul_ps(products, _mm512_set1_ps(1.0 / BYTE_MAX as f32));
-    let need = _mm512_max_ps(alone, _mm512_mul_ps(quads, _mm512_set1_ps(1.0 / QUAD_MAX as f32)));
-    let step = _mm512_reduce_max_ps(need);
-    if step < STEP_MIN {
-        store_table(table, _mm512_setzero_si512());
-        return (0.0, 0);
-    }
-    let units = _mm512_cvtps_epi32(_mm512_mul_ps(products, _mm512_set1_ps(1.0 / step)));
-    let sums = table_of(_mm512_cvtepi32_epi8(units));
-    store_table(table, sums);
-    // The last entry of each quad sums all four of its tokens.
-    let all = _mm512_permutexvar_epi8(_mm512_set1_epi32(0x3F2F_1F0F), sums);
-    let offset = _mm512_dpbusd_epi32(_mm512_setzero_si512(), all, _mm512_set1_epi8((1 << BITS) - 1));
-    (step, -_mm512_cvtsi512_si32(offset))
+    _mm512_add_epi32(_mm512_slli_epi32::<7>(sums[0]), sums[1])
 }
 
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vbmi,avx512vnni")]
-pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
+pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
-    first: usize,
-    pages: &[u32],
-    weights: &[f32],
+    pairs: &Pairs<'_>,
+    weights: Weights<'_>,
     acc: &mut [f32],
 ) {
-    let (per_page, group) = (codes.lines_per_page(), weights.len() / (pages.len() * PAGE_TOKENS));
-    let (lines, dims) = (per_page / BITS, acc.len() / HEADS);
-    let mut rounded = Weights::<HEADS> {
-        tables: [[Table([0; 64]); HEADS]; PAGES_PER_PASS],
-        steps: [[0.0; HEADS]; PAGES_PER_PASS],
-        offsets: [[0; HEADS]; PAGES_PER_PASS],
-    };
-    let mut used = [0u32; PAGES_PER_PASS];
-    let mut num_used = 0;
-    for (&page, weights) in pages.iter().zip(weights.chunks_exact(group * PAGE_TOKENS)) {
+    let per_page = codes.lines_per_page();
+    let (lines, dims) = (per_page / BITS, per_page / BITS * LINE_DIMS);
+    for (i, (page, range)) in pairs.iter().enumerate() {
+        if let Some(&ahead) = pairs.pages.get(i + AHEAD) {
+            prefetch(&codes.lines[ahead as usize * per_page..][..per_page]);
+        }
+        let page_lines = &codes.lines[page as usize * per_page..][..per_page];
         let scales = load_scales(&codes.scales[page as usize]);
-        let (weights, _) = weights[first * PAGE_TOKENS..].as_chunks::<PAGE_TOKENS>();
-        let (steps, offsets) = (&mut rounded.steps[num_used], &mut rounded.offsets[num_used]);
-        for (g, table) in rounded.tables[num_used].iter_mut().enumerate() {
-            (steps[g], offsets[g]) = round_weights::<BITS>(&weights[g], scales, table);
-        }
-        used[num_used] = page;
-        num_used += usize::from(steps.iter().any(|step| *step > 0.0));
-    }
-    for v in 0..lines {
-        let mut sums = [[_mm512_setzero_ps(); HEADS]; 2];
-        for (h, sums) in sums.iter_mut().enumerate() {
-            for (g, sum) in sums.iter_mut().enumerate() {
-                *sum = load(&acc[g * dims + LINE_DIMS * v + 16 * h..].as_chunks().0[0]);
+        let unit = _mm512_reduce_max_ps(_mm512_max_ps(scales, _mm512_setzero_ps())) * (1.0 / BYTE_MAX as f32);
+        let known = indexes_of::<LINES, BITS>(page_lines, lines);
+        for p in range {
+            let head = usize::from(pairs.heads[p]);
+            let Some((weights, sum)) = weights.of(p, head) else { continue };
+            let step = sum * unit;
+            if step < STEP_MIN {
+                continue;
             }
-        }
-        for (i, &page) in used[..num_used].iter().enumerate() {
-            let page_lines = &codes.lines[page as usize * per_page..][..per_page];
-            let mut planes = [[_mm512_setzero_si512(); 2]; BITS];
-            for (plane, to) in planes.iter_mut().enumerate() {
-                *to = indexes(load_line(&page_lines[plane * lines + v]));
-            }
-            for g in 0..HEADS {
-                let table = load_table(&rounded.tables[i][g]);
-                let step = _mm512_set1_ps(rounded.steps[i][g]);
-                for (h, sums) in sums.iter_mut().enumerate() {
-                    let mut exact = _mm512_set1_epi32(rounded.offsets[i][g]);
-                    for (plane, indexes) in planes.iter().enumerate() {
-                        let quads = _mm512_permutexvar_epi8(indexes[h], table);
+            let products = _mm512_mul_ps(load(weights), scales);
+            let units = _mm512_cvtps_epi32(_mm512_mul_ps(products, _mm512_set1_ps(1.0 / step)));
+            let table = table_of(_mm512_cvtepi32_epi8(units));
+            // The last entry of each quad sums all four of its tokens.
+            let all = _mm512_permutexvar_epi8(_mm512_set1_epi32(0x3F2F_1F0F), table);
+            let zero = _mm512_setzero_si512();
+            let middle = _mm512_dpbusd_epi32(zero, all, _mm512_set1_epi8((1 << BITS) - 1));
+            let middle = _mm512_sub_epi32(zero, middle);
+            let step = _mm512_set1_ps(step);
+            let acc = &mut acc[head * dims..][..dims];
+            for (v, rows) in acc.as_chunks_mut::<16>().0.chunks_exact_mut(2).enumerate() {
+                let mut dots = [middle; 2];
+                for plane in 0..BITS {
+                    let indexes = if LINES > 0 {
+                        known[plane][v]
+                    } else {
+                        indexes(load_line(&page_lines[plane * lines + v]))
+                    };
+                    for (dot, index) in dots.iter_mut().zip(indexes) {
+                        let quads = _mm512_permutexvar_epi8(index, table);
                         // Twice the plane's place: levels are odd integers.
-                        exact = _mm512_dpbusd_epi32(exact, quads, _mm512_set1_epi8(2 << (BITS - 1 - plane)));
+                        *dot = _mm512_dpbusd_epi32(*dot, quads, _mm512_set1_epi8(2 << (BITS - 1 - plane)));
                     }
-                    sums[g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), step, sums[g]);
                 }
-            }
-        }
-        for (h, sums) in sums.iter().enumerate() {
-            for (g, sum) in sums.iter().enumerate() {
-                store(&mut acc[g * dims + LINE_DIMS * v + 16 * h..].as_chunks_mut().0[0], *sum);
+                for (row, dot) in rows.iter_mut().zip(dots) {
+                    store(row, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), step, load(row)));
+                }
             }
         }
     }

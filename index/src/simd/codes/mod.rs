@@ -26,12 +26,6 @@ pub const LINE_DIMS: usize = 32;
 /// Most words of a token's codes: four planes of the largest dimension.
 pub(crate) const WORDS_MAX: usize = 4 * crate::rotate::DIM_MAX / LINE_DIMS;
 
-/// Query heads that one pass of a kernel serves; larger groups take several passes over codes that are then in cache.
-pub(crate) const HEADS_PER_PASS: usize = 8;
-
-/// Pages per pass, so that a second pass over the heads finds the codes in the first-level or second-level cache.
-const PAGES_PER_PASS: usize = 32;
-
 /// 512 bits of one plane of one page: 16 tokens by 32 coordinates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(64))]
@@ -51,6 +45,36 @@ pub struct PageCodes<'a> {
     pub scales: &'a [Scales],
 }
 
+/// Which query heads ask which pages: the heads `heads[ends[i - 1]..ends[i]]` ask page `pages[i]`. A *pair* is one of `heads` with its
+/// page; arrays by pair follow their order.
+#[derive(Clone, Copy, Debug)]
+pub struct Pairs<'a> {
+    /// `[pages]` page numbers.
+    pub pages: &'a [u32],
+    /// `[pages]` where each page's heads end, not decreasing.
+    pub ends: &'a [u32],
+    /// `[pairs]` query heads.
+    pub heads: &'a [u16],
+}
+
+impl<'a> Pairs<'a> {
+    /// Pages with the range of their pairs.
+    pub fn iter(self) -> impl Iterator<Item = (u32, std::ops::Range<usize>)> + 'a {
+        let mut start = 0;
+        self.pages.iter().zip(self.ends).map(move |(&page, &end)| {
+            let range = start..end as usize;
+            start = end as usize;
+            (page, range)
+        })
+    }
+
+    /// Whether the ends fit the pages and `len` entries by pair.
+    fn fits(&self, len: usize) -> bool {
+        let last = self.ends.last().map_or(0, |&end| end as usize);
+        self.ends.len() == self.pages.len() && last == self.heads.len() && self.heads.len() == len
+    }
+}
+
 impl PageCodes<'_> {
     fn lines_per_page(&self) -> usize {
         self.lines.len() / self.scales.len().max(1)
@@ -63,7 +87,7 @@ impl PageCodes<'_> {
 #[repr(C, align(64))]
 pub(crate) struct Table(pub [u8; 64]);
 
-/// A group of integer queries as the score kernel reads them, in passes of at most `HEADS_PER_PASS` heads.
+/// A group of integer queries as the score kernel reads them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct QueryCodes {
     /// Planes to read: 1, 2 or 4.
@@ -72,10 +96,10 @@ pub struct QueryCodes {
     pub(crate) group: usize,
     /// Lines per plane.
     pub(crate) lines: usize,
-    /// To multiply by; per pass `[lines][digits][8 bits][heads]` words of four signed bytes: byte `i` of bit `s` belongs to
-    /// coordinate `32 line + 8 i + s`. Empty where `tables` serve.
+    /// To multiply by: `[group][lines][digits][8 bits]` words of four signed bytes: byte `i` of bit `s` belongs to coordinate
+    /// `32 line + 8 i + s`. Empty where `tables` serve.
     pub(crate) words: Vec<i32>,
-    /// To look up; per pass `[lines][2][heads]`: quad `i` of nibble `n` is coordinates `32 line + 8 i + 4 n ..`.
+    /// To look up: `[group][lines][2]`: quad `i` of nibble `n` is coordinates `32 line + 8 i + 4 n ..`.
     pub(crate) tables: Vec<Table>,
     /// `[group]`: what the codes' offset adds, in half levels: the sum of the integer query with words, of its magnitudes with
     /// tables.
@@ -93,8 +117,8 @@ pub(crate) const fn digits(bits: usize) -> usize {
 /// Largest magnitude of one byte of an integer query or weight.
 pub(crate) const BYTE_MAX: i32 = 127;
 
-/// Largest sum of magnitudes of four neighbouring bytes before they are rounded: a table entry (8 bits) then holds them, each
-/// rounding adding at most one half.
+/// Largest sum of magnitudes of four neighbouring query bytes before they are rounded: a table entry (8 bits) then holds them,
+/// each rounding adding at most one half.
 pub(crate) const QUAD_MAX: i32 = 253;
 
 /// Largest magnitude of an integer query of two digits: a high digit of 127 and a low digit of 63.
@@ -130,18 +154,14 @@ macro_rules! dispatch {
     };
 }
 
-/// Chooses the instance for a number of heads between 1 and [`HEADS_PER_PASS`].
-macro_rules! dispatch_heads {
-    ($isa:expr, $heads:expr, $name:ident :: <$($generic:literal),*> ($($arg:expr),*)) => {
-        match $heads {
-            1 => dispatch!($isa, $name::<1, $($generic),*>($($arg),*)),
-            2 => dispatch!($isa, $name::<2, $($generic),*>($($arg),*)),
-            3 => dispatch!($isa, $name::<3, $($generic),*>($($arg),*)),
-            4 => dispatch!($isa, $name::<4, $($generic),*>($($arg),*)),
-            5 => dispatch!($isa, $name::<5, $($generic),*>($($arg),*)),
-            6 => dispatch!($isa, $name::<6, $($generic),*>($($arg),*)),
-            7 => dispatch!($isa, $name::<7, $($generic),*>($($arg),*)),
-            _ => dispatch!($isa, $name::<8, $($generic),*>($($arg),*)),
+/// Chooses the instance for a number of lines: the common ones keep a page's codes in registers, 0 takes any number.
+macro_rules! dispatch_lines {
+    ($isa:expr, $lines:expr, $name:ident :: <$bits:literal> ($($arg:expr),*)) => {
+        match $lines {
+            2 => dispatch!($isa, $name::<2, $bits>($($arg),*)),
+            3 => dispatch!($isa, $name::<3, $bits>($($arg),*)),
+            4 => dispatch!($isa, $name::<4, $bits>($($arg),*)),
+            _ => dispatch!($isa, $name::<0, $bits>($($arg),*)),
         }
     };
 }
@@ -173,54 +193,62 @@ pub(crate) fn tables(isa: Isa, units: &[i8], put: impl FnMut(usize, usize, Table
     }
 }
 
-/// `out[i][g][t] = scale_t * sum_d level_t[d] * query_g[d]` for the tokens `t` of `pages[i]`: `out` `[pages][group][16]` f32.
+/// `out[p][t] = scale_t * sum_d level_t[d] * query_h[d]` for the tokens `t` of the page and the head `h` of pair `p`: `out`
+/// `[pairs][16]` f32.
 ///
 /// # Panics
-/// When a page does not exist, the query has more planes or other lines than the codes, or `out` another length.
-pub fn score(isa: Isa, codes: &PageCodes<'_>, query: &QueryCodes, pages: &[u32], out: &mut [f32]) {
-    assert_eq!(out.len(), pages.len() * query.group * PAGE_TOKENS, "scores of {} pages", pages.len());
+/// When a page or head does not exist, the query has more planes or other lines than the codes, or `out` another length.
+pub fn score(isa: Isa, codes: &PageCodes<'_>, query: &QueryCodes, pairs: &Pairs<'_>, out: &mut [f32]) {
+    let (out, rest) = out.as_chunks_mut::<PAGE_TOKENS>();
+    assert!(rest.is_empty() && pairs.fits(out.len()), "scores of {} pairs", pairs.heads.len());
     assert!(query.bits <= codes.bits, "query of {} planes, codes of {}", query.bits, codes.bits);
     assert_eq!(codes.lines.len(), codes.scales.len() * codes.bits * query.lines, "lines of the pages");
-    for (pages, out) in
-        pages.chunks(PAGES_PER_PASS).zip(out.chunks_mut(PAGES_PER_PASS * query.group * PAGE_TOKENS))
-    {
-        for first in (0..query.group).step_by(HEADS_PER_PASS) {
-            let heads = (query.group - first).min(HEADS_PER_PASS);
-            match query.bits {
-                1 => dispatch_heads!(isa, heads, score::<1, 1>(codes, query, first, pages, out)),
-                2 => dispatch_heads!(isa, heads, score::<2, 1>(codes, query, first, pages, out)),
-                _ => dispatch_heads!(isa, heads, score::<4, 2>(codes, query, first, pages, out)),
-            }
-        }
+    match query.bits {
+        1 => dispatch_lines!(isa, query.lines, score::<1>(codes, query, pairs, out)),
+        2 => dispatch_lines!(isa, query.lines, score::<2>(codes, query, pairs, out)),
+        _ => dispatch!(isa, score::<0, 4>(codes, query, pairs, out)),
     }
 }
 
-/// `acc[g][d] += sum_i sum_t weights[i][g][t] * scale_t * level_t[d]` over the tokens `t` of `pages[i]`: `weights`
-/// `[pages][group][16]` f32 (negative counts as zero), `acc` `[group][dims]` f32 with `dims` a multiple of 32; codes of at most two bits.
+/// Weights of the tokens of pairs.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights<'a> {
+    /// `[pairs][16]` f32, none negative.
+    pub tokens: &'a [f32],
+    /// `[pairs]` their sums over the tokens.
+    pub sums: &'a [f32],
+    /// `[group]` pairs whose sum is at most their head's contribute nothing.
+    pub least: &'a [f32],
+}
+
+impl Weights<'_> {
+    /// Weights `[16]` and sum of a pair that contributes.
+    fn of(&self, pair: usize, head: usize) -> Option<(&[f32; PAGE_TOKENS], f32)> {
+        let sum = self.sums[pair];
+        (sum > self.least[head]).then(|| (&self.tokens.as_chunks().0[pair], sum))
+    }
+}
+
+/// `acc[h][d] += sum_p sum_t weight_p[t] * scale_t * level_t[d]` over the pairs `p` of head `h` and the tokens `t` of their pages: `acc`
+/// `[group][dims]` f32 with `dims` the coordinates of a page's lines; codes of at most two bits.
 ///
-/// Within a page and head, `weight * scale` is rounded to multiples of a step: 1/127 of the largest product, or 1/253 of the
-/// largest sum over tokens `4 j .. 4 j + 4` where that is more. Below a step of 1e-30 the page contributes nothing.
+/// Within a pair `weight * scale` is rounded to multiples of 1/127 of `sum * largest scale`. Below a step of 1e-30 the pair
+/// contributes nothing.
 ///
 /// # Panics
-/// When a page does not exist or a slice has another length.
-pub fn add_weighted(isa: Isa, codes: &PageCodes<'_>, pages: &[u32], weights: &[f32], acc: &mut [f32]) {
-    if pages.is_empty() {
-        return;
-    }
-    let group = weights.len() / (pages.len() * PAGE_TOKENS);
-    assert_eq!(weights.len(), pages.len() * group * PAGE_TOKENS, "weights of {} pages", pages.len());
-    let dims = codes.lines_per_page() / codes.bits * LINE_DIMS;
-    assert_eq!(acc.len(), group * dims, "sums of {group} heads");
-    for (pages, weights) in
-        pages.chunks(PAGES_PER_PASS).zip(weights.chunks(PAGES_PER_PASS * group * PAGE_TOKENS))
-    {
-        for (pass, acc) in acc.chunks_mut(HEADS_PER_PASS * dims).enumerate() {
-            let first = pass * HEADS_PER_PASS;
-            let heads = (group - first).min(HEADS_PER_PASS);
-            match codes.bits {
-                1 => dispatch_heads!(isa, heads, add_weighted::<1>(codes, first, pages, weights, acc)),
-                _ => dispatch_heads!(isa, heads, add_weighted::<2>(codes, first, pages, weights, acc)),
-            }
-        }
+/// When a page or head does not exist or a slice has another length.
+pub fn add_weighted(
+    isa: Isa,
+    codes: &PageCodes<'_>,
+    pairs: &Pairs<'_>,
+    weights: Weights<'_>,
+    acc: &mut [f32],
+) {
+    assert!(pairs.fits(weights.sums.len()), "weights of {} pairs", pairs.heads.len());
+    assert_eq!(weights.tokens.len(), weights.sums.len() * PAGE_TOKENS, "sums of the pairs");
+    let lines = codes.lines_per_page() / codes.bits;
+    match codes.bits {
+        1 => dispatch_lines!(isa, lines, add_weighted::<1>(codes, pairs, weights, acc)),
+        _ => dispatch_lines!(isa, lines, add_weighted::<2>(codes, pairs, weights, acc)),
     }
 }

@@ -1,6 +1,8 @@
 //! The definition of every code kernel in plain loops: what the vector versions are compared with, bit by bit.
 
-use super::{BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, QUAD_MAX, QueryCodes, Table};
+use super::{
+    BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Table, Weights, digits,
+};
 
 /// Weight steps below this are taken as zero: their inverse would leave the range of f32.
 pub(super) const STEP_MIN: f32 = 1e-30;
@@ -71,37 +73,34 @@ fn codes_of_bit<const BITS: usize>(page: &[Line], lines: usize, v: usize, s: usi
     })
 }
 
-pub(super) fn score<const HEADS: usize, const BITS: usize, const DIGITS: usize>(
+pub(super) fn score<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     query: &QueryCodes,
-    first: usize,
-    pages: &[u32],
-    out: &mut [f32],
+    pairs: &Pairs<'_>,
+    out: &mut [[f32; PAGE_TOKENS]],
 ) {
-    let words = &query.words[first * query.lines * DIGITS * 8..];
-    let (words, _) = words[..HEADS * query.lines * DIGITS * 8].as_chunks::<HEADS>();
+    let digits = digits(BITS);
+    let (words, _) = query.words.as_chunks::<8>();
     let per_page = codes.lines_per_page();
-    for (&page, out) in pages.iter().zip(out.chunks_exact_mut(query.group * PAGE_TOKENS)) {
+    for (page, range) in pairs.iter() {
         let lines = &codes.lines[page as usize * per_page..][..per_page];
-        let mut sums = [[[0i32; PAGE_TOKENS]; HEADS]; DIGITS];
-        for (v, s) in (0..query.lines).flat_map(|v| (0..8).map(move |s| (v, s))) {
-            let codes = codes_of_bit::<BITS>(lines, query.lines, v, s);
-            for (digit, sums) in sums.iter_mut().enumerate() {
-                let words = words[8 * (v * DIGITS + digit) + s];
-                for (sums, word) in sums.iter_mut().zip(words) {
+        let scales = &codes.scales[page as usize];
+        for (&head, out) in pairs.heads[range.clone()].iter().zip(&mut out[range]) {
+            let head = usize::from(head);
+            let words = &words[head * query.lines * digits..][..query.lines * digits];
+            let mut sums = [[0i32; PAGE_TOKENS]; 2];
+            for (v, s) in (0..query.lines).flat_map(|v| (0..8).map(move |s| (v, s))) {
+                let codes = codes_of_bit::<BITS>(lines, query.lines, v, s);
+                for (words, sums) in words[v * digits..][..digits].iter().zip(&mut sums) {
                     for (byte, code) in codes.iter().enumerate() {
-                        sums[byte / 4] += code * i32::from(word.to_le_bytes()[byte % 4] as i8);
+                        sums[byte / 4] += code * i32::from(words[s].to_le_bytes()[byte % 4] as i8);
                     }
                 }
             }
-        }
-        let scales = &codes.scales[page as usize];
-        for g in 0..HEADS {
-            for t in 0..PAGE_TOKENS {
-                let dot = sums.iter().fold(0, |dot, sums| 128 * dot + sums[g][t]);
-                let exact = 2 * dot - ((1 << BITS) - 1) * query.offsets[first + g];
-                let scale = half::f16::from_bits(scales[t]).to_f32();
-                out[(first + g) * PAGE_TOKENS + t] = exact as f32 * query.steps[first + g] * scale;
+            for (t, out) in out.iter_mut().enumerate() {
+                let dot = sums[..digits].iter().fold(0, |dot, sums| 128 * dot + sums[t]);
+                let exact = 2 * dot - ((1 << BITS) - 1) * query.offsets[head];
+                *out = exact as f32 * query.steps[head] * half::f16::from_bits(scales[t]).to_f32();
             }
         }
     }
@@ -124,40 +123,39 @@ pub(super) fn tables(units: &[i8], mut put: impl FnMut(usize, usize, Table)) {
 }
 
 /// Products of weights and scales as multiples of the returned step.
-fn round_weights(weights: &[f32], scales: &[u16; PAGE_TOKENS]) -> (f32, [i32; PAGE_TOKENS]) {
-    let products: [f32; PAGE_TOKENS] =
-        std::array::from_fn(|t| (weights[t] * half::f16::from_bits(scales[t]).to_f32()).max(0.0));
-    let step = products.iter().fold(0.0f32, |most, p| most.max(p * (1.0 / BYTE_MAX as f32)));
-    let step = products
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .fold(step, |most, [a, b, c, d]| most.max(((a + b) + (c + d)) * (1.0 / QUAD_MAX as f32)));
+fn round_weights(
+    weights: &[f32; PAGE_TOKENS],
+    sum: f32,
+    scales: &[u16; PAGE_TOKENS],
+) -> (f32, [i32; PAGE_TOKENS]) {
+    let scales = scales.map(|scale| half::f16::from_bits(scale).to_f32());
+    let step = sum * (scales.iter().fold(0.0f32, |most, s| most.max(*s)) * (1.0 / BYTE_MAX as f32));
     if step < STEP_MIN {
         return (0.0, [0; PAGE_TOKENS]);
     }
     let inverse = 1.0 / step;
-    (step, products.map(|p| (p * inverse).round_ties_even() as i32))
+    (step, std::array::from_fn(|t| (weights[t] * scales[t] * inverse).round_ties_even() as i32))
 }
 
-pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
+pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
-    first: usize,
-    pages: &[u32],
-    weights: &[f32],
+    pairs: &Pairs<'_>,
+    weights: Weights<'_>,
     acc: &mut [f32],
 ) {
-    let (per_page, group) = (codes.lines_per_page(), weights.len() / (pages.len() * PAGE_TOKENS));
-    let (lines, dims) = (per_page / BITS, acc.len() / HEADS);
-    for (&page, weights) in pages.iter().zip(weights.chunks_exact(group * PAGE_TOKENS)) {
+    let per_page = codes.lines_per_page();
+    let (lines, dims) = (per_page / BITS, per_page / BITS * LINE_DIMS);
+    for (page, range) in pairs.iter() {
         let page_lines = &codes.lines[page as usize * per_page..][..per_page];
-        for g in 0..HEADS {
-            let weights = &weights[(first + g) * PAGE_TOKENS..][..PAGE_TOKENS];
-            let (step, rounded) = round_weights(weights, &codes.scales[page as usize]);
+        for p in range {
+            let head = usize::from(pairs.heads[p]);
+            let Some((weights, sum)) = weights.of(p, head) else { continue };
+            let (step, rounded) = round_weights(weights, sum, &codes.scales[page as usize]);
             if step == 0.0 {
                 continue;
             }
             let sum: i32 = rounded.iter().sum();
+            let acc = &mut acc[head * dims..][..dims];
             for v in 0..lines {
                 for h in 0..2 {
                     let mut dots = [0; 16];
@@ -169,7 +167,7 @@ pub(super) fn add_weighted<const HEADS: usize, const BITS: usize>(
                     }
                     for (lane, dot) in dots.iter().enumerate() {
                         let exact = 2 * dot - ((1 << BITS) - 1) * sum;
-                        let acc = &mut acc[g * dims + LINE_DIMS * v + 16 * h + lane];
+                        let acc = &mut acc[LINE_DIMS * v + 16 * h + lane];
                         *acc = (exact as f32).mul_add(step, *acc);
                     }
                 }

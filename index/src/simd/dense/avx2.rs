@@ -131,15 +131,27 @@ pub(super) fn rank(part: Part<'_>, norm: &[f32], threshold: f32, best: &mut [f32
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn weigh(part: Part<'_>, norm: &[f32], weights: &mut [f32]) -> f32 {
-    for ((w, row), &norm) in weights.chunks_exact_mut(LANES).zip(part.logits.chunks_exact(LANES)).zip(norm) {
-        for half in 0..2 {
-            let x = _mm256_sub_ps(load(row, half), _mm256_set1_ps(norm));
-            let weight = _mm256_mul_ps(load(part.rest, half), exp(_mm256_min_ps(x, _mm256_setzero_ps())));
-            store(w, half, weight);
+pub(super) fn exps((logits, rest): (&[f32], &[f32]), max: &[f32], (exps, sums): (&mut [f32], &mut [f32])) {
+    let size = max.len() * LANES;
+    for ((rows, exps), rest) in
+        logits.chunks_exact(size).zip(exps.chunks_exact_mut(size)).zip(rest.chunks_exact(LANES))
+    {
+        let heads = rows.chunks_exact(LANES).zip(exps.chunks_exact_mut(LANES)).zip(max);
+        for (((row, exps), &max), sums) in heads.zip(sums.chunks_exact_mut(LANES)) {
+            for half in 0..2 {
+                let x = _mm256_sub_ps(load(row, half), _mm256_set1_ps(max));
+                let e = exp(_mm256_min_ps(x, _mm256_setzero_ps()));
+                store(exps, half, e);
+                let sum = _mm256_add_ps(load(sums, half), _mm256_mul_ps(load(rest, half), e));
+                store(sums, half, sum);
+            }
         }
     }
-    weights.iter().fold(0.0, |m, &w| m.max(w))
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn weigh(exps: &[f32], by: (&[f32], &[f32]), weights: &mut [f32], sums: &mut [f32]) {
+    scalar::weigh(exps, by, weights, sums);
 }
 
 #[target_feature(enable = "avx2,fma")]

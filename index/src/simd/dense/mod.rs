@@ -10,7 +10,9 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(super) mod avx512;
+
+pub(super) use scalar::exp;
 
 use super::isa::Isa;
 use crate::blocks::LANES;
@@ -81,11 +83,30 @@ pub(crate) fn rank(isa: Isa, part: Part<'_>, norm: &[f32], threshold: f32, best:
     dispatch!(isa, rank(part, norm, threshold, best))
 }
 
-/// `weights[h, lane] = rest[lane] * exp(min(logits[h, lane] - norm[h], 0))` of one part; returns the largest.
-pub(crate) fn weigh(isa: Isa, part: Part<'_>, norm: &[f32], weights: &mut [f32]) -> f32 {
-    assert_eq!((part.logits.len(), part.rest.len()), (norm.len() * LANES, LANES), "one part");
-    assert_eq!(weights.len(), part.logits.len(), "one part");
-    dispatch!(isa, weigh(part, norm, weights))
+/// `exps[p, h, lane] = exp(min(logits[p, h, lane] - max[h], 0))` of all parts, and `sums` as `masses` gives them.
+pub(crate) fn exps(
+    isa: Isa,
+    (logits, rest): (&[f32], &[f32]),
+    max: &[f32],
+    (exps, sums): (&mut [f32], &mut [f32]),
+) {
+    assert_eq!((logits.len(), exps.len()), (rest.len() * max.len(), logits.len()), "logits of all parts");
+    assert_eq!(sums.len(), max.len() * LANES, "sums by head");
+    dispatch!(isa, exps((logits, rest), max, (exps, sums)));
+}
+
+/// Of one part: `weights[h, lane] = exps[h, lane] * rest[lane]`, added to `sums[h, lane]`, then times `scales[lane]`; `exps`, `weights` and
+/// `sums` `[group, 16]`, `rest` and `scales` `[16]`.
+pub(crate) fn weigh(
+    isa: Isa,
+    exps: &[f32],
+    (rest, scales): (&[f32], &[f32]),
+    weights: &mut [f32],
+    sums: &mut [f32],
+) {
+    assert_eq!((weights.len(), sums.len()), (exps.len(), exps.len()), "one part");
+    assert_eq!((rest.len(), scales.len()), (LANES, LANES), "one part");
+    dispatch!(isa, weigh(exps, (rest, scales), weights, sums));
 }
 
 /// `out[h, d] += sum_e weights[h, e] * values[e, d]` in the order of `e`: `values` `[16, dim]` codes, `weights` `[group, 16]`, `out`

@@ -42,7 +42,8 @@ pub(super) fn dots(keys: &[u8], rows: &[i8], out: &mut [i32]) {
 }
 
 /// `exp(x)` for `x <= 0`: Cody-Waite reduction and a polynomial.
-pub(super) fn exp(x: f32) -> f32 {
+#[inline(always)]
+pub(in crate::simd) fn exp(x: f32) -> f32 {
     if x < EXP_MIN {
         return 0.0;
     }
@@ -87,15 +88,31 @@ pub(super) fn rank(part: Part<'_>, norm: &[f32], threshold: f32, best: &mut [f32
     lanes.map(|(lane, (&b, &r))| u16::from(r > 0.0 && b > threshold) << lane).sum()
 }
 
-pub(super) fn weigh(part: Part<'_>, norm: &[f32], weights: &mut [f32]) -> f32 {
-    let mut largest = 0.0f32;
-    for ((w, row), &norm) in weights.chunks_exact_mut(LANES).zip(part.logits.chunks_exact(LANES)).zip(norm) {
-        for ((w, &l), &r) in w.iter_mut().zip(row).zip(part.rest) {
-            *w = r * exp((l - norm).min(0.0));
-            largest = largest.max(*w);
+pub(super) fn exps((logits, rest): (&[f32], &[f32]), max: &[f32], (exps, sums): (&mut [f32], &mut [f32])) {
+    let size = max.len() * LANES;
+    for ((rows, exps), rest) in
+        logits.chunks_exact(size).zip(exps.chunks_exact_mut(size)).zip(rest.chunks_exact(LANES))
+    {
+        let heads = rows.chunks_exact(LANES).zip(exps.chunks_exact_mut(LANES)).zip(max);
+        for (((row, exps), &max), sums) in heads.zip(sums.chunks_exact_mut(LANES)) {
+            for (((s, &l), &r), e) in sums.iter_mut().zip(row).zip(rest).zip(exps) {
+                *e = exp((l - max).min(0.0));
+                *s += r * *e;
+            }
         }
     }
-    largest
+}
+
+#[inline(always)]
+pub(super) fn weigh(exps: &[f32], (rest, scales): (&[f32], &[f32]), weights: &mut [f32], sums: &mut [f32]) {
+    let rows = exps.as_chunks::<LANES>().0.iter().zip(weights.as_chunks_mut::<LANES>().0);
+    for ((exps, weights), sums) in rows.zip(sums.as_chunks_mut::<LANES>().0) {
+        for lane in 0..LANES {
+            let weight = exps[lane] * rest[lane];
+            sums[lane] += weight;
+            weights[lane] = weight * scales[lane];
+        }
+    }
 }
 
 pub(super) fn accumulate(values: &[i8], weights: &[f32], out: &mut [f32]) {

@@ -42,6 +42,10 @@ fn same<T: PartialEq + std::fmt::Debug>(case: &Case, run: impl Fn(Isa) -> Vec<T>
     wanted
 }
 
+fn case_scales(seed: usize) -> Vec<f32> {
+    (0..LANES).map(|lane| 0.1 + (lane * seed % 5) as f32).collect()
+}
+
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
@@ -140,11 +144,25 @@ fn sums_over_parts_have_the_same_bits_on_every_set() {
             all.push(u32::from(lanes));
             all
         });
+        let of_all = same(case, |isa| {
+            let mut sums = vec![0.0; group * LANES];
+            let mut all = vec![0.0; logits.len()];
+            exps(isa, (&logits, &rest), &max, (&mut all, &mut sums));
+            [bits(&all), bits(&sums)].concat()
+        });
+        let mut sums = vec![0.0; group * LANES];
+        masses(Isa::Scalar, &logits, &rest, &max, &mut sums);
+        assert_eq!(of_all[logits.len()..], bits(&sums));
+        let scales = case_scales(parts);
         same(case, |isa| {
-            let mut weights = vec![0.0; group * LANES];
-            let largest = weigh(isa, part, &max, &mut weights);
-            weights.push(largest);
-            bits(&weights)
+            let (mut weights, mut sums) = (vec![0.0; group * LANES], vec![0.25; group * LANES]);
+            let exps = &logits[..group * LANES];
+            weigh(isa, exps, (&rest[..LANES], &scales), &mut weights, &mut sums);
+            for at in 0..group * LANES {
+                let weight = exps[at] * rest[at % LANES];
+                assert_eq!((weights[at], sums[at]), (weight * scales[at % LANES], 0.25 + weight));
+            }
+            [bits(&weights), bits(&sums)].concat()
         });
     });
 }

@@ -1,0 +1,231 @@
+//! One case: an engine filled with keys and values, and its timed tokens.
+
+use anyhow::ensure;
+use floe::gpu::{
+    Device, DeviceTensor, Event, GpuEngine, GpuMemory, GpuOptions, GpuReport, LayerStep, Prefer, Stream,
+    TensorType,
+};
+use floe::{Config, HeadShape, HotConfig, KvDtype, LayerId, SeqId};
+use floe_cuda::device::DeviceBuffer;
+use half::bf16;
+
+const HEADS: usize = 8;
+const GROUP: usize = 4;
+const D: usize = 128;
+/// Tokens of a prefill piece.
+const PIECE: usize = 4096;
+/// Calls of a layer before the clock starts: recorded by the third, slots filled by the last.
+const WARM_CALLS: usize = 24;
+/// Elements between the starts of consecutive pieces in the pool of random numbers: every row of every piece is then another one.
+const SHIFT: usize = 40;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Case {
+    pub context: usize,
+    pub batch: usize,
+    pub policy: String,
+    pub budget: usize,
+    pub hot: f64,
+    pub drift: f32,
+    /// Of the model.
+    pub layers: usize,
+    /// In memory.
+    pub held: usize,
+    pub tokens: usize,
+    /// Rows of a layer on the device at least.
+    pub rows: usize,
+}
+
+/// What came out.
+pub struct Timed {
+    pub token_ms: Vec<f64>,
+    pub report: GpuReport,
+    pub memory: GpuMemory,
+}
+
+/// Bytes of keys and values of a layer.
+pub fn layer_bytes(batch: usize, context: usize) -> usize {
+    batch * context * HEADS * D * 4
+}
+
+/// Random numbers on the device that keys and values are taken from.
+pub struct Kv {
+    pool: DeviceBuffer<bf16>,
+    pub stream: Stream,
+}
+
+impl Kv {
+    pub fn new(device: &Device) -> anyhow::Result<Self> {
+        let len = PIECE * HEADS * D + 2 * 512 * SHIFT + 64;
+        let mut random = Random(7);
+        let data: Vec<bf16> = (0..len).map(|_| bf16::from_f32(random.normal())).collect();
+        Ok(Self { pool: DeviceBuffer::from_slice(device, &data)?, stream: Stream::new(device)? })
+    }
+
+    /// A run of `tokens` rows for piece `piece`.
+    fn tensor(&self, piece: usize, tokens: usize) -> DeviceTensor {
+        let address = self.pool.view().address() + (piece % 1024 * SHIFT * 2) as u64;
+        // SAFETY: the pool holds the longest run behind the last shift, and lives until the case is done.
+        unsafe { DeviceTensor::contiguous(address, TensorType::Bf16, [tokens, HEADS, D]) }
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn normal(&mut self) -> f32 {
+        let mut sum = 0.0;
+        for _ in 0..2 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let x = x ^ (x >> 27);
+            sum += (x as u32 as f32) / (1u64 << 32) as f32 + ((x >> 32) as f32) / (1u64 << 32) as f32 - 1.0;
+        }
+        sum * 3f32.sqrt()
+    }
+}
+
+/// Inputs of all calls, and the places that the engine reads them at.
+struct Inputs {
+    /// [calls + 1 tokens, layers held, batch * heads * dim]
+    all: DeviceBuffer<bf16>,
+    /// [layers held, batch * heads * dim]
+    now: DeviceBuffer<bf16>,
+    rounds: usize,
+    each: usize,
+}
+
+impl Inputs {
+    fn new(device: &Device, case: &Case, rounds: usize) -> anyhow::Result<Self> {
+        let each = case.batch * HEADS * GROUP * D;
+        let keep = (1.0 - case.drift * case.drift).sqrt();
+        let mut random = Random(99);
+        // Twice the length of a random vector: attention that is neither flat nor on one token.
+        let mut q: Vec<f32> = (0..case.held * each).map(|_| 2.0 * random.normal()).collect();
+        let mut all = Vec::with_capacity(rounds * q.len());
+        for _ in 0..rounds {
+            all.extend(q.iter().map(|x| bf16::from_f32(*x)));
+            if case.drift > 0.0 {
+                q.iter_mut().for_each(|x| *x = keep * *x + case.drift * 2.0 * random.normal());
+            }
+        }
+        let now = DeviceBuffer::zeros(device, case.held * each)?;
+        Ok(Self { all: DeviceBuffer::from_slice(device, &all)?, now, rounds, each })
+    }
+
+    /// Places the queries of a round where the engine reads them.
+    fn enter(&mut self, round: usize, stream: &Stream) -> anyhow::Result<()> {
+        let len = self.now.view().len();
+        let start = round % self.rounds * len;
+        self.now.copy_part(0, (&self.all, start..start + len), stream)?;
+        Ok(())
+    }
+
+    fn q(&self, layer: usize, batch: usize) -> DeviceTensor {
+        let address = self.now.view().address() + (layer * self.each * 2) as u64;
+        // SAFETY: the buffer holds all layers and lives until the case is done.
+        unsafe { DeviceTensor::contiguous(address, TensorType::Bf16, [batch, HEADS * GROUP, D]) }
+    }
+}
+
+fn engine(device: &Device, case: &Case) -> anyhow::Result<GpuEngine<bf16>> {
+    let heads = HeadShape::new(HEADS * GROUP, HEADS, D)?;
+    let slots = ((case.context as f64 * case.hot) as usize).max(2 * case.budget).min(case.context);
+    let config = Config {
+        policy: case.policy.parse()?,
+        budget: case.budget,
+        hot: HotConfig { slots, ..HotConfig::default() },
+        ..Config::new(case.held, heads, KvDtype::Bf16)
+    };
+    let options = GpuOptions::for_load(&config, case.batch, case.context, case.hot);
+    let rows = options.rows.max(case.rows);
+    Ok(GpuEngine::open(device, config, GpuOptions { rows, prefer: Prefer::Speed, ..options })?)
+}
+
+/// Fills an engine, checks it, and times its tokens.
+pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> {
+    let mut engine = engine(device, case)?;
+    let rounds_a_token = case.layers.div_ceil(case.held);
+    let calls = WARM_CALLS + case.tokens * rounds_a_token;
+    ensure!(calls < case.context, "{calls} calls of a layer do not fit a context of {}", case.context);
+    let prompt = case.context - calls;
+    let sequences: Vec<SeqId> = (0..case.batch).map(|_| engine.admit(None)).collect::<Result<_, _>>()?;
+    let mut piece = 0;
+    for layer in 0..case.held {
+        for &seq in &sequences {
+            for start in (0..prompt).step_by(PIECE) {
+                let tokens = PIECE.min(prompt - start);
+                let (k, v) = (kv.tensor(piece, tokens), kv.tensor(piece + 1, tokens));
+                engine.prefill(seq, LayerId(layer), (&k, &v), &kv.stream)?;
+                piece += 2;
+            }
+        }
+    }
+    kv.stream.synchronize()?;
+    let mut inputs = Inputs::new(device, case, (calls).min(160))?;
+    let out = DeviceBuffer::<bf16>::zeros(device, case.batch * HEADS * GROUP * D)?;
+    // SAFETY: the buffer holds the shape and lives until the case is done.
+    let out_tensor = unsafe {
+        DeviceTensor::contiguous(out.view().address(), TensorType::Bf16, [case.batch, HEADS * GROUP, D])
+    };
+    let mut positions = vec![vec![prompt; case.batch]; case.held];
+    let mut call = |engine: &mut GpuEngine<bf16>, inputs: &Inputs, layer: usize| -> anyhow::Result<()> {
+        // Keys and values of new tokens have one address a layer, so that the step can be replayed.
+        let step = LayerStep {
+            layer: LayerId(layer),
+            sequences: &sequences,
+            positions: &positions[layer],
+            q: inputs.q(layer, case.batch),
+            k_new: kv.tensor(2 * layer, case.batch),
+            v_new: kv.tensor(2 * layer + 1, case.batch),
+            scale: (D as f32).powf(-0.5),
+            out: out_tensor,
+        };
+        engine.attend(&step, &kv.stream)?;
+        positions[layer].iter_mut().for_each(|position| *position += 1);
+        Ok(())
+    };
+    let mut round = 0;
+    for _ in 0..WARM_CALLS {
+        inputs.enter(round, &kv.stream)?;
+        round += 1;
+        for layer in 0..case.held {
+            call(&mut engine, &inputs, layer)?;
+        }
+    }
+    engine.report(&kv.stream)?;
+    let got = out.read(&kv.stream)?;
+    ensure!(got.iter().all(|x| x.is_finite()), "the output is not finite");
+    engine.clear_counters(&kv.stream)?;
+    // Nothing waits until all tokens are queued: the device is never behind the host.
+    let mut marks: Vec<Vec<(Event, Event)>> = Vec::with_capacity(case.tokens);
+    for _ in 0..case.tokens {
+        let mut left = case.layers;
+        let mut of_token = Vec::new();
+        while left > 0 {
+            inputs.enter(round, &kv.stream)?;
+            round += 1;
+            let (start, end) = (Event::new(device)?, Event::new(device)?);
+            start.record(&kv.stream)?;
+            for layer in 0..case.held.min(left) {
+                call(&mut engine, &inputs, layer)?;
+            }
+            left -= case.held.min(left);
+            end.record(&kv.stream)?;
+            of_token.push((start, end));
+        }
+        marks.push(of_token);
+    }
+    kv.stream.synchronize()?;
+    let mut token_ms = Vec::with_capacity(case.tokens);
+    for of_token in &marks {
+        let parts = of_token.iter().map(|(start, end)| end.micros_since(start));
+        token_ms.push(parts.sum::<Result<f64, _>>()? / 1e3);
+    }
+    let (report, memory) = (engine.report(&kv.stream)?, engine.memory());
+    for seq in sequences {
+        engine.close(seq)?;
+    }
+    Ok(Timed { token_ms, report, memory })
+}

@@ -1,0 +1,189 @@
+//! Launcher of `cache_pages`: summaries and sketches of pages.
+
+use half::f16;
+
+use super::{CacheParams, Ingest, Tables};
+use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream};
+use crate::ops::{DeviceElem, word};
+
+/// Mirrors `floe::PagesParams`.
+#[repr(C)]
+struct PagesParams {
+    cache: CacheParams,
+    k: u64,
+    v: u64,
+    strides: [u64; 4],
+    kv: u64,
+    mean_keys: u64,
+    mean_values: u64,
+    log_count: u64,
+    codes: [u64; 4],
+    masks: u64,
+    signs: u64,
+    dtype: u32,
+    sequence: u32,
+    run_first: u32,
+    first_page: u32,
+    in_step: u32,
+    num_pages: u32,
+    key_bits: u32,
+    value_bits: u32,
+}
+
+/// Which pages, and where their tokens are read.
+#[derive(Debug, Clone, Copy)]
+pub enum PageSource<'a> {
+    /// Pages of a run; earlier tokens of the first one are read from their rows, so this comes before the run is ingested.
+    Run {
+        /// The run.
+        run: &'a Ingest,
+        /// First page.
+        first: usize,
+        /// How many.
+        num: usize,
+    },
+    /// Pages of tokens that all lie in their rows.
+    Rows {
+        /// Index of the sequence.
+        sequence: usize,
+        /// First page.
+        first: usize,
+        /// How many.
+        num: usize,
+    },
+    /// For every entry of the batch the page, if any, whose last token leaves the window with this step.
+    Step,
+}
+
+/// Summaries of all pages; device, written.
+#[derive(Debug)]
+pub struct Pages<'a, E> {
+    /// Mean keys [pages, head_dim].
+    pub mean_keys: DevMut<'a, E>,
+    /// Mean values [pages, head_dim].
+    pub mean_values: DevMut<'a, E>,
+    /// `ln 16`, or -inf for a page of sinks, `[pages]`.
+    pub log_count: DevMut<'a, f32>,
+    /// Sketches of keys and values; not for head_dim 96.
+    pub sketch: Option<PageSketch<'a>>,
+}
+
+/// Sketches of all tokens, as `floe_index::sketch` encodes and lays them out; device, written.
+#[derive(Debug)]
+pub struct PageSketch<'a> {
+    /// Bits of a key's and of a value's code: 1 or 2, and 0 to 2.
+    pub bits: [usize; 2],
+    /// Key codes [pages, bits, head_dim / 32, 16].
+    pub key_lines: DevMut<'a, u32>,
+    /// Key scales [pages, 16].
+    pub key_scales: DevMut<'a, f16>,
+    /// Value codes [pages, bits, head_dim / 32, 16].
+    pub value_lines: DevMut<'a, u32>,
+    /// Value scales [pages, 16]; empty without value bits.
+    pub value_scales: DevMut<'a, f16>,
+    /// Tokens that count, `[pages]`: all, or none of a page of sinks.
+    pub masks: DevMut<'a, u16>,
+    /// Signs of the rotation `[head_dim]`, with its factor `1 / sqrt(head_dim)`.
+    pub signs: DevRef<'a, f32>,
+}
+
+/// Builds pages of 16 consecutive tokens from their rows `kv` [rows, 2, head_dim] or a run of the host engine's.
+///
+/// # Errors
+/// Shapes that do not fit; what the driver reports.
+pub fn build_pages<E: DeviceElem>(
+    stream: &Stream,
+    tables: &Tables<'_>,
+    source: PageSource<'_>,
+    kv: DevRef<'_, E>,
+    pages: Pages<'_, E>,
+) -> Result<(), DeviceError> {
+    let shape = tables.shape;
+    let num_pages = pages.log_count.len();
+    kv.check("kv", kv.len() / shape.row_len() * shape.row_len())?;
+    pages.mean_keys.check("mean_keys", num_pages * shape.head_dim)?;
+    pages.mean_values.check("mean_values", num_pages * shape.head_dim)?;
+    let (mut codes, mut bits, mut masks, mut signs) = ([0; 4], [0; 2], 0, 0);
+    if let Some(sketch) = &pages.sketch {
+        if shape.head_dim == 96 {
+            let expected = "64, 128 or 256 where keys are sketched";
+            return Err(DeviceError::Unsupported { field: "head_dim", value: 96, expected });
+        }
+        if !matches!(sketch.bits, [1 | 2, 0..=2]) {
+            let value = 10 * sketch.bits[0] + sketch.bits[1];
+            let expected = "1 or 2 of keys, 0 to 2 of values";
+            return Err(DeviceError::Unsupported { field: "bits", value, expected });
+        }
+        let per_bit = num_pages * shape.head_dim / 2;
+        sketch.key_lines.check("key_lines", sketch.bits[0] * per_bit)?;
+        sketch.key_scales.check("key_scales", num_pages * 16)?;
+        sketch.value_lines.check("value_lines", sketch.bits[1] * per_bit)?;
+        sketch.value_scales.check("value_scales", if sketch.bits[1] > 0 { num_pages * 16 } else { 0 })?;
+        sketch.masks.check("masks", num_pages)?;
+        sketch.signs.check("signs", shape.head_dim)?;
+        codes = [
+            sketch.key_lines.address(),
+            sketch.key_scales.address(),
+            sketch.value_lines.address(),
+            sketch.value_scales.address(),
+        ];
+        bits = sketch.bits.map(|bits| bits as u32);
+        (masks, signs) = (sketch.masks.address(), sketch.signs.address());
+    }
+    let mut params = PagesParams {
+        cache: tables.params()?,
+        k: 0,
+        v: 0,
+        strides: [0; 4],
+        kv: kv.address(),
+        mean_keys: pages.mean_keys.address(),
+        mean_values: pages.mean_values.address(),
+        log_count: pages.log_count.address(),
+        codes,
+        masks,
+        signs,
+        dtype: 0,
+        sequence: 0,
+        run_first: 0,
+        first_page: 0,
+        in_step: 1,
+        num_pages: word("pages", num_pages)?,
+        key_bits: bits[0],
+        value_bits: bits[1],
+    };
+    let blocks = match source {
+        PageSource::Step => (1, word("items", tables.items())?),
+        PageSource::Rows { sequence, first, num } => {
+            if sequence >= tables.sequences.len() {
+                let expected = "one of the sequences";
+                return Err(DeviceError::Unsupported { field: "sequence", value: sequence, expected });
+            }
+            params.in_step = 0;
+            params.sequence = word("sequence", sequence)?;
+            params.run_first = u32::MAX;
+            params.first_page = word("page", first)?;
+            (word("pages", num)?, params.cache.heads)
+        }
+        PageSource::Run { run, first, num } => {
+            let ([k0, k1], [v0, v1]) = (run.k.strides_64(), run.v.strides_64());
+            for (field, tensor) in [("k", &run.k), ("v", &run.v)] {
+                tensor.expect(field, [run.k.shape()[0], shape.heads, shape.head_dim])?;
+            }
+            if run.first + run.k.shape()[0] < (first + num) * 16 || run.sequence >= tables.sequences.len() {
+                let expected = "pages whose tokens the run holds or follows";
+                return Err(DeviceError::Unsupported { field: "page", value: first + num, expected });
+            }
+            params.in_step = 0;
+            (params.k, params.v, params.strides) = (run.k.address(), run.v.address(), [k0, k1, v0, v1]);
+            params.dtype = run.k.dtype() as u32;
+            params.sequence = word("sequence", run.sequence)?;
+            params.run_first = word("position", run.first)?;
+            params.first_page = word("page", first)?;
+            (word("pages", num)?, params.cache.heads)
+        }
+    };
+    let name = format!("cache_pages_{}_d{}", E::NAME, shape.head_dim);
+    let kernel = stream.device().kernel("cache_pages", &name, 0)?;
+    // SAFETY: the layouts match, every buffer has the checked shape, and whoever made the tensors vouches for theirs.
+    unsafe { kernel.launch(stream, Launch { blocks, threads: 512, shared_bytes: 0 }, &params) }
+}

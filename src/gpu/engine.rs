@@ -1,0 +1,642 @@
+//! The engine on the device: sequences, prompts, steps.
+
+use std::collections::HashMap;
+
+use floe_cuda::device::{Device, DeviceBuffer, Graph, Stream};
+use floe_cuda::ops::DeviceElem;
+use floe_cuda::ops::cache::{
+    BatchEntry, CHUNK_ROWS, DeviceTensor, Ingest, PageSource, SequencePlace, Tables, build_pages, ingest,
+    refill,
+};
+
+use super::chain::{Chain, ChainShape, Shared, StepIo};
+use super::cost::{CostModel, Load};
+use super::host::HostPool;
+use super::layer::LayerMemory;
+use super::options::{GpuOptions, Plan, Prefer};
+use super::places::{Places, chunks_of};
+use super::report::{GpuMemory, GpuReport};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::ids::{LayerId, SeqId};
+
+/// One layer's step of a batch of sequences: what a host engine hands over at its attention. `b` is the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerStep<'a> {
+    /// Layer, `0..num_layers`.
+    pub layer: LayerId,
+    /// Sequences, none twice.
+    pub sequences: &'a [SeqId],
+    /// Position of each one's token: the next one of its layer.
+    pub positions: &'a [usize],
+    /// Post-RoPE queries `[b, num_q_heads, head_dim]`.
+    pub q: DeviceTensor,
+    /// New post-RoPE keys `[b, num_kv_heads, head_dim]`.
+    pub k_new: DeviceTensor,
+    /// New values, of the same shape and type.
+    pub v_new: DeviceTensor,
+    /// Softmax scale, applied to `q.k`; finite.
+    pub scale: f32,
+    /// Output `[b, num_q_heads, head_dim]`, of any type.
+    pub out: DeviceTensor,
+}
+
+/// A recorded step: seen once, then recorded, then replayed.
+#[derive(Debug)]
+enum Recorded {
+    Seen,
+    Ready(Graph),
+}
+
+/// Recorded steps of one layer at most; the rest run unrecorded.
+const GRAPHS_PER_LAYER: usize = 24;
+
+/// KV cache and attention of one model on a device, for batches of sequences; `E` is the element type of the cache.
+///
+/// See the [module](super) for how it works.
+#[derive(Debug)]
+pub struct GpuEngine<E: DeviceElem> {
+    // Graphs go first: they use everything below.
+    graphs: HashMap<(usize, ChainShape, StepIo), Recorded>,
+    chains: HashMap<ChainShape, Chain<E>>,
+    config: Config,
+    options: GpuOptions,
+    plan: Plan,
+    device: Device,
+    layers: Vec<LayerMemory<E>>,
+    shared: Shared,
+    batch: DeviceBuffer<BatchEntry>,
+    /// What the device holds in `batch`.
+    uploaded: Vec<BatchEntry>,
+    sequences: DeviceBuffer<SequencePlace>,
+    host: HostPool,
+    places: Places,
+    next_seq: u64,
+    cost: CostModel,
+    last: Option<ChainShape>,
+    steps: u64,
+    exact_steps: u64,
+    replayed_steps: u64,
+}
+
+impl<E: DeviceElem> GpuEngine<E> {
+    /// Allocates all device memory.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what this backend cannot do, naming the field; [`Error::Device`] when the device has no room.
+    pub fn open(device: &Device, config: Config, options: GpuOptions) -> Result<Self> {
+        let plan = Plan::new(&config, &options)?;
+        if config.kv_dtype.to_string() != E::NAME {
+            return Err(Error::config("kv_dtype", config.kv_dtype, format!("this engine holds {}", E::NAME)));
+        }
+        let chunks = chunks_of(options.max_tokens);
+        let layers = (0..config.num_layers)
+            .map(|_| LayerMemory::new(device, &plan, &options, chunks))
+            .collect::<Result<_, _>>()?;
+        let row_bytes = plan.shape.row_len() * size_of::<E>();
+        Ok(Self {
+            graphs: HashMap::new(),
+            chains: HashMap::new(),
+            layers,
+            shared: Shared::new(device, &plan, &options)?,
+            batch: DeviceBuffer::zeros(device, options.max_batch.next_power_of_two())?,
+            uploaded: vec![BatchEntry::default(); options.max_batch.next_power_of_two()],
+            sequences: DeviceBuffer::zeros(device, options.max_sequences)?,
+            host: HostPool::new(device, plan.shape.heads * CHUNK_ROWS * row_bytes, options.host_bytes),
+            places: Places::new(&options, &plan),
+            next_seq: 0,
+            cost: CostModel::new(&plan),
+            last: None,
+            steps: 0,
+            exact_steps: 0,
+            replayed_steps: 0,
+            device: device.clone(),
+            config,
+            options,
+            plan,
+        })
+    }
+
+    /// The configuration that the engine was opened with.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Memory and habits that the engine was opened with.
+    #[must_use]
+    pub fn options(&self) -> &GpuOptions {
+        &self.options
+    }
+
+    /// Opens an empty sequence of at most `capacity` tokens (`None`: `options.max_tokens`). It lies densely while there is room.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a capacity of 0 or above `options.max_tokens`; [`Error::NoRoom`].
+    pub fn admit(&mut self, capacity: Option<usize>) -> Result<SeqId> {
+        let capacity = capacity.unwrap_or(self.options.max_tokens);
+        if capacity == 0 || capacity > self.options.max_tokens {
+            let reason = format!("must be 1 to {}", self.options.max_tokens);
+            return Err(Error::config("capacity", capacity, reason));
+        }
+        let seq = SeqId(self.next_seq);
+        self.places.admit(seq, capacity, &self.plan, self.config.num_layers)?;
+        self.next_seq += 1;
+        let open = self.places.get(seq)?;
+        let (index, place) = (open.index, open.place);
+        self.sequences.write_at(index, &[place])?;
+        self.forget_slots(&place)?;
+        Ok(seq)
+    }
+
+    /// Appends keys and values `[tokens, num_kv_heads, head_dim]` of a prompt to one layer. Pieces of any size give the same
+    /// cache. Everything is queued on `stream`; the tensors may be reused once that work is done.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, shapes that do not fit, no room; nothing is stored then.
+    pub fn prefill(
+        &mut self,
+        seq: SeqId,
+        layer: LayerId,
+        (k, v): (&DeviceTensor, &DeviceTensor),
+        stream: &Stream,
+    ) -> Result<()> {
+        self.check_layer(layer)?;
+        let tokens = k.shape()[0];
+        let shape = [tokens, self.plan.shape.heads, self.plan.shape.head_dim];
+        for (field, tensor) in [("k", k), ("v", v)] {
+            expect(field, tensor, shape)?;
+        }
+        if tokens == 0 {
+            return Ok(());
+        }
+        let first = self.places.get(seq)?.tokens[layer.0];
+        self.make_room(seq, layer.0, first + tokens, stream)?;
+        let open = self.places.get_mut(seq)?;
+        let run = Ingest { k: *k, v: *v, sequence: open.index, first };
+        let memory = &mut self.layers[layer.0];
+        let tables = Tables {
+            shape: self.plan.shape,
+            batch: self.batch.view(),
+            sequences: self.sequences.view(),
+            chunks: memory.chunks.view(),
+        };
+        if !open.is_dense() {
+            // Pages whose tokens have left the window; of the others the rows stay in the ring.
+            let until = published(first + tokens + 1, self.plan.shape.window);
+            let from = open.built[layer.0];
+            if until > from {
+                let source = PageSource::Run { run: &run, first: from, num: until - from };
+                let pages = memory.pages.write(self.shared.signs());
+                build_pages(stream, &tables, source, memory.kv.view(), pages)?;
+                open.built[layer.0] = until;
+            }
+        }
+        ingest(stream, &tables, &run, memory.kv.view_mut())?;
+        open.tokens[layer.0] = first + tokens;
+        Ok(())
+    }
+
+    /// Appends one token to each sequence and attends: one layer of one step. Everything is queued on `stream`; nothing waits.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, a sequence named twice, a position that is not its layer's next, shapes that do not fit, no room;
+    /// nothing is stored then.
+    pub fn attend(&mut self, step: &LayerStep<'_>, stream: &Stream) -> Result<()> {
+        self.check_step(step)?;
+        let layer = step.layer.0;
+        for (seq, position) in step.sequences.iter().zip(step.positions) {
+            self.make_room(*seq, layer, position + 1, stream)?;
+        }
+        let exact = self.choose(step)?;
+        let shape = self.enter(step, exact, stream)?;
+        if !self.chains.contains_key(&shape) {
+            let chain = Chain::new(&self.device, &self.plan, &self.options, shape)?;
+            self.chains.insert(shape, chain);
+        }
+        let io =
+            StepIo { q: step.q, k: step.k_new, v: step.v_new, out: step.out, scale: step.scale.to_bits() };
+        let padded = pad(&io, shape.entries);
+        self.run(layer, shape, &padded, stream)?;
+        for seq in step.sequences {
+            let window = self.plan.shape.window;
+            let open = self.places.get_mut(*seq)?;
+            open.tokens[layer] += 1;
+            if !exact {
+                // The step itself built the page that left the window.
+                open.built[layer] = open.built[layer].max(published(open.tokens[layer] + 1, window));
+            }
+        }
+        self.last = Some(shape);
+        self.steps += 1;
+        self.exact_steps += u64::from(exact);
+        Ok(())
+    }
+
+    /// Forgets the tokens at and after `num_tokens` in every layer, as speculative decoding does with refused drafts.
+    ///
+    /// # Errors
+    /// Unknown sequence; what the driver reports.
+    pub fn truncate(&mut self, seq: SeqId, num_tokens: usize, stream: &Stream) -> Result<()> {
+        let shape = self.plan.shape;
+        let open = self.places.get_mut(seq)?;
+        let longest = open.longest();
+        if longest <= num_tokens {
+            return Ok(());
+        }
+        open.turned_back += (longest - num_tokens) as u32;
+        for (tokens, built) in open.tokens.iter_mut().zip(&mut open.built) {
+            *tokens = (*tokens).min(num_tokens);
+            *built = (*built).min(num_tokens / 16);
+        }
+        let place = open.place;
+        for memory in &mut self.layers {
+            // Slots of what is forgotten may be asked for again with other contents.
+            for head in 0..shape.heads {
+                let tokens = (place.pages as usize + head * place.pages_each as usize) * 16;
+                let end = tokens + place.pages_each as usize * 16;
+                let from = (tokens + num_tokens).min(end);
+                memory.slots.row_of_token.fill_range(from..end, 0xff, stream)?;
+            }
+        }
+        // What was forgotten may have overwritten older rows in the ring.
+        if place.slots != SequencePlace::DENSE { self.refill_ring(seq, stream) } else { Ok(()) }
+    }
+
+    /// Frees a sequence. Work queued with it must be done: waits for the device.
+    ///
+    /// # Errors
+    /// Unknown sequence; what the driver reports.
+    pub fn close(&mut self, seq: SeqId) -> Result<()> {
+        self.places.get(seq)?;
+        self.device.synchronize()?;
+        for chunk in self.places.close(seq, self.plan.shape.heads)? {
+            self.host.give(chunk);
+        }
+        Ok(())
+    }
+
+    /// Empties the slots of all sequences: their next steps fetch everything anew and give the same bits. Waits for the device.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn empty_hot(&mut self) -> Result<()> {
+        self.device.synchronize()?;
+        let places: Vec<_> = self.places.open.values().map(|open| open.place).collect();
+        places.iter().try_for_each(|place| self.forget_slots(place))
+    }
+
+    /// Tokens stored in a layer.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer.
+    pub fn num_tokens(&self, seq: SeqId, layer: LayerId) -> Result<usize> {
+        self.check_layer(layer)?;
+        Ok(self.places.get(seq)?.tokens[layer.0])
+    }
+
+    /// Keys and values of a token of a kv head as the warm tier holds them, `[2 * head_dim]`. Waits for the device.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, a token that is not stored.
+    pub fn stored_row(&self, seq: SeqId, layer: LayerId, (head, token): (usize, usize)) -> Result<Vec<E>> {
+        let stored = self.num_tokens(seq, layer)?;
+        if token >= stored || head >= self.plan.shape.heads {
+            return Err(Error::config("token", token, format!("the layer holds {stored} tokens")));
+        }
+        self.device.synchronize()?;
+        let chunk = self.places.get(seq)?.chunks[layer.0][token / CHUNK_ROWS];
+        let bytes = self.plan.shape.row_len() * size_of::<E>();
+        let start = (head * CHUNK_ROWS + token % CHUNK_ROWS) * bytes;
+        let bytes = self.host.bytes(chunk, start..start + bytes);
+        Ok(bytes.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned).collect())
+    }
+
+    /// What has happened so far. Waits for `stream`.
+    ///
+    /// # Errors
+    /// What the driver reports, list entries outside of their buffers included.
+    pub fn report(&self, stream: &Stream) -> Result<GpuReport> {
+        let (mut hits, mut fetched) = (0, 0);
+        for memory in &self.layers {
+            let counters = memory.slots.counters.read(stream)?;
+            hits += counters[0];
+            fetched += counters[1];
+        }
+        self.device.check_entries()?;
+        Ok(GpuReport {
+            device: self.device.properties().name.clone(),
+            steps: self.steps,
+            exact_steps: self.exact_steps,
+            replayed_steps: self.replayed_steps,
+            rows_hit: hits,
+            rows_fetched: fetched,
+            bytes_fetched: fetched * (self.plan.shape.row_len() * size_of::<E>()) as u64,
+            rule: self.cost.to_string(),
+        })
+    }
+
+    /// Sets hits and fetches of the report to zero; queued on `stream`.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn clear_counters(&mut self, stream: &Stream) -> Result<()> {
+        for memory in &mut self.layers {
+            memory.slots.counters.fill_bytes(0, stream)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes held.
+    #[must_use]
+    pub fn memory(&self) -> GpuMemory {
+        let layers = self.layers.iter().map(LayerMemory::size_bytes);
+        let (rows_bytes, beside_bytes) = layers.fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        GpuMemory {
+            rows_bytes,
+            rows_free: self.places.rows_free(),
+            summary_bytes: beside_bytes + self.shared.size_bytes(),
+            host_bytes: self.host.size_bytes(),
+        }
+    }
+
+    /// Positions that the last step retrieved, by entry and kv head, ascending; none where it was exact. Waits; for tests and
+    /// profiles.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn retrieved(&self, sequences: &[SeqId], stream: &Stream) -> Result<Vec<Vec<u32>>> {
+        let Some(chain) = self.last.and_then(|shape| self.chains.get(&shape)) else { return Ok(Vec::new()) };
+        let found = chain.found(stream)?;
+        let heads = self.plan.shape.heads;
+        let mut all = Vec::new();
+        for (item, units) in found.iter().enumerate().take(sequences.len() * heads) {
+            let place = self.places.get(sequences[item / heads])?.place;
+            let first = (place.pages + (item % heads) as u32 * place.pages_each) * 16;
+            let mut tokens: Vec<u32> = if self.plan.by_token() {
+                units.iter().map(|unit| unit - first).collect()
+            } else {
+                units.iter().flat_map(|page| (0..16).map(move |i| page * 16 + i - first)).collect()
+            };
+            tokens.sort_unstable();
+            all.push(tokens);
+        }
+        Ok(all)
+    }
+
+    fn check_layer(&self, layer: LayerId) -> Result<()> {
+        if layer.0 < self.config.num_layers {
+            return Ok(());
+        }
+        Err(Error::UnknownLayer { got: layer.0, num_layers: self.config.num_layers })
+    }
+
+    fn check_step(&self, step: &LayerStep<'_>) -> Result<()> {
+        self.check_layer(step.layer)?;
+        let (batch, shape) = (step.sequences.len(), self.plan.shape);
+        if batch == 0 || batch > self.options.max_batch {
+            let reason = format!("must be 1 to {}", self.options.max_batch);
+            return Err(Error::config("sequences", batch, reason));
+        }
+        if step.positions.len() != batch {
+            return Err(Error::shape("positions", format!("{batch}"), step.positions.len().to_string()));
+        }
+        let q_heads = shape.heads * shape.group;
+        expect("q", &step.q, [batch, q_heads, shape.head_dim])?;
+        expect("k_new", &step.k_new, [batch, shape.heads, shape.head_dim])?;
+        expect("v_new", &step.v_new, [batch, shape.heads, shape.head_dim])?;
+        expect("out", &step.out, [batch, q_heads, shape.head_dim])?;
+        if !step.scale.is_finite() || step.scale <= 0.0 {
+            return Err(Error::config("scale", step.scale, "must be finite and above 0"));
+        }
+        for (i, (seq, position)) in step.sequences.iter().zip(step.positions).enumerate() {
+            let expected = self.places.get(*seq)?.tokens[step.layer.0];
+            if *position != expected {
+                return Err(Error::Position { seq: *seq, layer: step.layer, got: *position, expected });
+            }
+            if step.sequences[..i].contains(seq) {
+                return Err(Error::config("sequences", seq, "is named twice"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the step is exact.
+    fn choose(&self, step: &LayerStep<'_>) -> Result<bool> {
+        if self.plan.exact {
+            return Ok(true);
+        }
+        let mut load = Load::default();
+        let mut all_dense = true;
+        for (seq, position) in step.sequences.iter().zip(step.positions) {
+            all_dense &= self.places.get(*seq)?.is_dense();
+            load.add(position + 1, &self.plan);
+        }
+        // Within the budget everything is attended in any case.
+        let within = load.longest <= self.config.budget;
+        let faster = || self.options.prefer == Prefer::Exact || self.cost.exact_is_faster(&load);
+        Ok(all_dense && (within || faster()))
+    }
+
+    /// Brings the batch table up to date and says which chain the step needs.
+    fn enter(&mut self, step: &LayerStep<'_>, exact: bool, stream: &Stream) -> Result<ChainShape> {
+        let layer = step.layer.0;
+        let mut shape = ChainShape {
+            exact,
+            entries: step.sequences.len().next_power_of_two(),
+            exact_tokens: 0,
+            pages: 0,
+        };
+        let mut entries = vec![BatchEntry::default(); shape.entries];
+        for ((seq, position), entry) in step.sequences.iter().zip(step.positions).zip(&mut entries) {
+            let tokens = position + 1;
+            let (sequence, tick) = {
+                let open = self.places.get(*seq)?;
+                (open.index as u32, tokens as u32 + open.turned_back)
+            };
+            *entry = BatchEntry { sequence, tokens: tokens as u32, tick, exact: u32::from(exact) };
+            if exact {
+                shape.exact_tokens = shape.exact_tokens.max(tokens.next_power_of_two());
+            } else {
+                let pages = published(tokens, self.plan.shape.window);
+                shape.pages = shape.pages.max(pages.next_power_of_two()).max(64);
+                self.catch_up(*seq, layer, pages, stream)?;
+            }
+        }
+        if exact {
+            shape.exact_tokens = shape.exact_tokens.max(1024);
+        }
+        if self.uploaded[..entries.len()] != entries[..] {
+            self.batch.write_async(0, &entries, stream)?;
+            self.uploaded[..entries.len()].copy_from_slice(&entries);
+        }
+        Ok(shape)
+    }
+
+    /// Builds the pages that a sequence attended exactly until now has not built.
+    fn catch_up(&mut self, seq: SeqId, layer: usize, pages: usize, stream: &Stream) -> Result<()> {
+        let open = self.places.get_mut(seq)?;
+        let first = open.built[layer];
+        if first >= pages {
+            return Ok(());
+        }
+        let memory = &mut self.layers[layer];
+        let tables = Tables {
+            shape: self.plan.shape,
+            batch: self.batch.view(),
+            sequences: self.sequences.view(),
+            chunks: memory.chunks.view(),
+        };
+        let source = PageSource::Rows { sequence: open.index, first, num: pages - first };
+        let built = memory.pages.write(self.shared.signs());
+        build_pages(stream, &tables, source, memory.kv.view(), built)?;
+        open.built[layer] = pages;
+        Ok(())
+    }
+
+    /// Replays the step if it is recorded, else runs it; a step seen before is recorded on the way.
+    fn run(&mut self, layer: usize, shape: ChainShape, io: &StepIo, stream: &Stream) -> Result<()> {
+        let key = (layer, shape, *io);
+        if let Some(Recorded::Ready(graph)) = self.graphs.get(&key) {
+            self.replayed_steps += 1;
+            return Ok(graph.launch(stream)?);
+        }
+        let Some(chain) = self.chains.get_mut(&shape) else {
+            return Err(Error::NoRoom { what: "chains", needed: 1, free: 0 });
+        };
+        let memory = &mut self.layers[layer];
+        let (plan, shared) = (&self.plan, &mut self.shared);
+        let tables = (self.batch.view(), self.sequences.view());
+        match self.graphs.get(&key) {
+            None => {
+                chain.queue(stream, (plan, shared), tables, memory, io)?;
+                let room = GRAPHS_PER_LAYER * self.config.num_layers;
+                if self.graphs.len() < room {
+                    self.graphs.insert(key, Recorded::Seen);
+                }
+                Ok(())
+            }
+            Some(_) => {
+                // The capture needs a stream of its own: that of the host engine may be the default one.
+                let own = Stream::new(&self.device)?;
+                let record = || chain.queue(&own, (plan, shared), tables, memory, io);
+                let graph = Graph::capture::<floe_cuda::device::DeviceError>(&own, record)?;
+                graph.launch(stream)?;
+                self.graphs.insert(key, Recorded::Ready(graph));
+                Ok(())
+            }
+        }
+    }
+
+    /// Room for `tokens` of a layer: host chunks, and rows of a dense sequence, which moves to slots when they run out.
+    fn make_room(&mut self, seq: SeqId, layer: usize, tokens: usize, stream: &Stream) -> Result<()> {
+        let open = self.places.get(seq)?;
+        if tokens > open.capacity {
+            return Err(Error::NoRoom {
+                what: "tokens of the sequence",
+                needed: tokens,
+                free: open.capacity,
+            });
+        }
+        if open.is_dense() && tokens > open.place.rows_each as usize {
+            self.turn_to_slots(seq, tokens, stream)?;
+        }
+        let open = self.places.get_mut(seq)?;
+        let chunks = &mut open.chunks[layer];
+        let have = chunks.len();
+        let need = chunks_of(tokens);
+        if need > have {
+            self.host.reserve(need - have)?;
+            let mut addresses = Vec::with_capacity(need - have);
+            for _ in have..need {
+                let chunk = self.host.take()?;
+                addresses.push(self.host.address(chunk));
+                chunks.push(chunk);
+            }
+            let start = open.index * chunks_of(self.options.max_tokens) + have;
+            self.layers[layer].chunks.write_async(start, &addresses, stream)?;
+        }
+        Ok(())
+    }
+
+    /// Turns the rows of a dense sequence that are more than they hold into sinks, ring and slots.
+    fn turn_to_slots(&mut self, seq: SeqId, tokens: usize, stream: &Stream) -> Result<()> {
+        let shape = self.plan.shape;
+        let old = self.places.get(seq)?.place;
+        if self.plan.exact || (old.rows_each as usize) < self.plan.slot_rows() {
+            let what = "rows of the sequence on the device (`rows`)";
+            return Err(Error::NoRoom { what, needed: tokens, free: old.rows_each as usize });
+        }
+        let slots = old.rows_each as usize - shape.sinks - shape.ring;
+        let place = SequencePlace { slots: slots as u32, ..old };
+        // While all rows are still there.
+        for layer in 0..self.config.num_layers {
+            let stored = self.places.get(seq)?.tokens[layer];
+            self.catch_up(seq, layer, published(stored + 1, shape.window), stream)?;
+        }
+        let open = self.places.get_mut(seq)?;
+        open.place = place;
+        self.sequences.write_async(open.index, &[place], stream)?;
+        self.refill_ring(seq, stream)?;
+        self.forget_slots_on(&place, stream)
+    }
+
+    /// Brings the newest rows of a sequence with slots from host memory into its ring, in every layer.
+    fn refill_ring(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
+        let shape = self.plan.shape;
+        let open = self.places.get(seq)?;
+        for (memory, &stored) in self.layers.iter_mut().zip(&open.tokens) {
+            let tables = Tables {
+                shape,
+                batch: self.batch.view(),
+                sequences: self.sequences.view(),
+                chunks: memory.chunks.view(),
+            };
+            let run = stored.saturating_sub(shape.ring).max(shape.sinks.min(stored))..stored;
+            refill(stream, &tables, (open.index, run), memory.kv.view_mut())?;
+        }
+        Ok(())
+    }
+
+    /// No slot of a place holds anything.
+    fn forget_slots(&mut self, place: &SequencePlace) -> Result<()> {
+        let stream = Stream::new(&self.device)?;
+        self.forget_slots_on(place, &stream)?;
+        Ok(stream.synchronize()?)
+    }
+
+    fn forget_slots_on(&mut self, place: &SequencePlace, stream: &Stream) -> Result<()> {
+        if self.plan.exact {
+            return Ok(());
+        }
+        let heads = self.plan.shape.heads;
+        let tokens = place.pages as usize * 16;
+        let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
+        for memory in &mut self.layers {
+            let slots = &mut memory.slots;
+            let end = tokens + place.pages_each as usize * 16 * heads;
+            slots.row_of_token.fill_range(tokens..end, 0xff, stream)?;
+            slots.token_of_row.fill_range(rows.clone(), 0xff, stream)?;
+            slots.used.fill_range(rows.clone(), 0, stream)?;
+        }
+        Ok(())
+    }
+}
+
+/// Pages that a step with `tokens` tokens, its own included, selects from.
+pub(super) fn published(tokens: usize, window: usize) -> usize {
+    tokens.saturating_sub(window + 1) / 16
+}
+
+/// The step's tensors under the shape that the chain was made for. Entries beyond the batch are nobody's: they are never touched.
+fn pad(io: &StepIo, entries: usize) -> StepIo {
+    let pad = |tensor: &DeviceTensor| tensor.padded(entries);
+    StepIo { q: pad(&io.q), k: pad(&io.k), v: pad(&io.v), out: pad(&io.out), scale: io.scale }
+}
+
+fn expect(field: &'static str, tensor: &DeviceTensor, shape: [usize; 3]) -> Result<()> {
+    if tensor.shape() == shape {
+        return Ok(());
+    }
+    Err(Error::shape(field, format!("{shape:?}"), format!("{:?}", tensor.shape())))
+}

@@ -1,0 +1,148 @@
+//! Device memory of one layer.
+
+use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Stream};
+use floe_cuda::ops::DeviceElem;
+use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
+use half::f16;
+
+use super::options::{GpuOptions, Plan};
+
+/// Rows, summaries and slots of one layer, all sequences together.
+#[derive(Debug)]
+pub(super) struct LayerMemory<E> {
+    /// [rows, 2, head_dim]
+    pub(super) kv: DeviceBuffer<E>,
+    /// Addresses of the host chunks, [sequences, chunks].
+    pub(super) chunks: DeviceBuffer<u64>,
+    pub(super) pages: PageMemory<E>,
+    pub(super) slots: SlotMemory,
+}
+
+/// Summaries and sketches of the pages.
+#[derive(Debug)]
+pub(super) struct PageMemory<E> {
+    /// [pages, head_dim]
+    pub(super) mean_keys: DeviceBuffer<E>,
+    pub(super) mean_values: DeviceBuffer<E>,
+    /// `[pages]`
+    pub(super) log_count: DeviceBuffer<f32>,
+    /// Bits of a key's and a value's code.
+    bits: [usize; 2],
+    /// Of keys, [pages, bits, head_dim / 32, 16], and their scales [pages, 16].
+    pub(super) key_lines: DeviceBuffer<u32>,
+    pub(super) key_scales: DeviceBuffer<f16>,
+    /// Of values.
+    pub(super) value_lines: DeviceBuffer<u32>,
+    pub(super) value_scales: DeviceBuffer<f16>,
+    /// `[pages]`
+    pub(super) masks: DeviceBuffer<u16>,
+}
+
+/// Which token lies in which slot.
+#[derive(Debug)]
+pub(super) struct SlotMemory {
+    /// `[16 pages]`, `[rows]`, `[rows]`, [sequences, heads]
+    pub(super) row_of_token: DeviceBuffer<u32>,
+    pub(super) token_of_row: DeviceBuffer<u32>,
+    pub(super) used: DeviceBuffer<u32>,
+    pub(super) hand: DeviceBuffer<u32>,
+    /// Rows found in slots, rows fetched.
+    pub(super) counters: DeviceBuffer<u64>,
+}
+
+impl<E: DeviceElem> LayerMemory<E> {
+    pub(super) fn new(
+        device: &Device,
+        plan: &Plan,
+        options: &GpuOptions,
+        chunks: usize,
+    ) -> Result<Self, DeviceError> {
+        let (dim, heads) = (plan.shape.head_dim, plan.shape.heads);
+        let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
+        let bits = plan.bits;
+        let sketched = |bits: usize| if bits > 0 { pages } else { 0 };
+        let rows = if plan.exact { 0 } else { options.rows };
+        let mut memory = Self {
+            kv: DeviceBuffer::zeros(device, options.rows * 2 * dim)?,
+            chunks: DeviceBuffer::zeros(device, options.max_sequences * chunks)?,
+            pages: PageMemory {
+                mean_keys: DeviceBuffer::zeros(device, pages * dim)?,
+                mean_values: DeviceBuffer::zeros(device, pages * dim)?,
+                log_count: DeviceBuffer::zeros(device, pages)?,
+                bits,
+                key_lines: DeviceBuffer::zeros(device, bits[0] * pages * dim / 2)?,
+                key_scales: DeviceBuffer::zeros(device, sketched(bits[0]) * 16)?,
+                value_lines: DeviceBuffer::zeros(device, bits[1] * pages * dim / 2)?,
+                value_scales: DeviceBuffer::zeros(device, sketched(bits[1]) * 16)?,
+                masks: DeviceBuffer::zeros(device, sketched(bits[0]))?,
+            },
+            slots: SlotMemory {
+                row_of_token: DeviceBuffer::zeros(device, pages * 16)?,
+                token_of_row: DeviceBuffer::zeros(device, rows)?,
+                used: DeviceBuffer::zeros(device, rows)?,
+                hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
+                counters: DeviceBuffer::zeros(device, 2)?,
+            },
+        };
+        let stream = Stream::new(device)?;
+        memory.slots.row_of_token.fill_bytes(0xff, &stream)?;
+        memory.slots.token_of_row.fill_bytes(0xff, &stream)?;
+        stream.synchronize()?;
+        Ok(memory)
+    }
+
+    /// Bytes held: rows, and everything beside them.
+    pub(super) fn size_bytes(&self) -> (usize, usize) {
+        let (pages, slots) = (&self.pages, &self.slots);
+        let means = pages.mean_keys.view().len() + pages.mean_values.view().len();
+        let words = [
+            &pages.key_lines,
+            &pages.value_lines,
+            &slots.row_of_token,
+            &slots.token_of_row,
+            &slots.used,
+            &slots.hand,
+        ];
+        let beside = means * size_of::<E>()
+            + words.map(|words| words.view().len() * 4).iter().sum::<usize>()
+            + pages.log_count.view().len() * 4
+            + self.chunks.view().len() * 8
+            + [&pages.key_scales, &pages.value_scales]
+                .map(|scales| scales.view().len() * 2)
+                .iter()
+                .sum::<usize>()
+            + pages.masks.view().len() * 2;
+        (self.kv.view().len() * size_of::<E>(), beside)
+    }
+}
+
+impl<E: DeviceElem> PageMemory<E> {
+    pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
+        Pages {
+            mean_keys: self.mean_keys.view_mut(),
+            mean_values: self.mean_values.view_mut(),
+            log_count: self.log_count.view_mut(),
+            sketch: signs.map(|signs| PageSketch {
+                bits: self.bits,
+                key_lines: self.key_lines.view_mut(),
+                key_scales: self.key_scales.view_mut(),
+                value_lines: self.value_lines.view_mut(),
+                value_scales: self.value_scales.view_mut(),
+                masks: self.masks.view_mut(),
+                signs: signs.view(),
+            }),
+        }
+    }
+}
+
+impl SlotMemory {
+    pub(super) fn write(&mut self) -> Slots<'_> {
+        Slots {
+            row_of_token: self.row_of_token.view_mut(),
+            token_of_row: self.token_of_row.view_mut(),
+            used: self.used.view_mut(),
+            hand: self.hand.view_mut(),
+            counters: self.counters.view_mut(),
+        }
+    }
+}

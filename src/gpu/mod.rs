@@ -1,0 +1,47 @@
+//! The engine on a CUDA device (feature `cuda`).
+//!
+//! ```text
+//! host memory, page-locked     every row of every token, in chunks of 256 tokens: the warm tier
+//!        │ misses, single rows, over the link
+//!        v
+//! device memory                dense sequences: all rows       others: sinks, newest tokens, slots   (hot tier)
+//!                              summaries and key sketches of all pages; which token lies in which slot
+//! ```
+//! A step of a layer is one call, [`GpuEngine::attend`], for a batch of sequences of any lengths. Its kernels choose, fetch and
+//! attend without the host: lengths, places and lists lie in device memory, so a step is recorded once for a shape (a power of
+//! two of entries and pages, the same tensors) and replayed from then on. Sequences join and leave between steps.
+//!
+//! # What is computed
+//! Sinks and the newest `window` to `window + 15` tokens are attended exactly, and so are the best tokens (by one-bit key sketches) or
+//! pages (by mean keys) among consecutive pages of 16; page means stand for the rest. It is what the policy `pagemean` does on
+//! the CPU, up to rounding and to the variance terms of its scores. While all rows of a sequence fit on the device it lies
+//! densely, and its steps are exact whenever that is predicted to be faster ([`CostModel`], printed in [`GpuReport::rule`]).
+//!
+//! # Views of a host engine's memory
+//! A tensor is a [`DeviceTensor`]: address, element type (bf16, f16, f32), shape `[n, heads, head_dim]`, strides of the first two
+//! dimensions in elements; rows are contiguous. For a PyTorch tensor `t` of shape `[b, heads, d]` with `t.stride(2) == 1`:
+//!
+//! ```text
+//! DeviceTensor::from_raw(t.data_ptr(), type of t.dtype, [b, heads, d], [t.stride(0), t.stride(1)])
+//! ```
+//! Its stream is [`Stream::borrow`]`(&device, torch.cuda.current_stream().cuda_stream)`, its context the device's primary one, which
+//! [`Device::open`] shares. All work is queued on that stream; nothing waits for it, and tensors must live until it is done.
+//! Tensors at the same addresses in later steps (as PyTorch's allocator usually gives) let the step be replayed.
+
+mod chain;
+mod cost;
+mod engine;
+mod host;
+mod layer;
+mod options;
+mod places;
+mod report;
+mod runs;
+
+pub use cost::{CostModel, Load};
+pub use engine::{GpuEngine, LayerStep};
+pub use floe_cuda::device::{Device, DeviceError, Event, Stream};
+pub use floe_cuda::ops::DeviceElem;
+pub use floe_cuda::ops::cache::{DeviceTensor, TensorType};
+pub use options::{GpuOptions, Prefer};
+pub use report::{GpuMemory, GpuReport};

@@ -1,0 +1,169 @@
+//! What the engine on the device needs to know beside [`Config`], and what of a [`Config`] it can do.
+
+use floe_cuda::ops::cache::{CacheShape, RETRIEVED_MAX};
+use floe_index::{Tail, Unit};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::select::PolicyKind;
+use crate::shape::PAGE_TOKENS;
+
+/// Which of two ways a sequence whose rows are all on the device is attended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Prefer {
+    /// Exactly, as long as all rows are there.
+    Exact,
+    /// By selection as soon as that is predicted to be faster.
+    #[default]
+    Speed,
+}
+
+/// Memory and habits of the engine on the device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GpuOptions {
+    /// Sequences open at a time, at most.
+    pub max_sequences: usize,
+    /// Tokens of a sequence, at most, when [`super::GpuEngine::admit`] names no other number.
+    pub max_tokens: usize,
+    /// Sequences of one step, at most.
+    pub max_batch: usize,
+    /// Rows of a layer on the device, all kv heads and sequences together: the hot tier. A row is `4 * head_dim` bytes.
+    pub rows: usize,
+    /// Tokens of a layer that have summaries on the device, all kv heads and sequences together, a multiple of 256.
+    pub page_tokens: usize,
+    /// Bytes of page-locked host memory, all layers together, at most.
+    pub host_bytes: usize,
+    /// What is done while everything fits.
+    pub prefer: Prefer,
+}
+
+impl GpuOptions {
+    /// Room for `sequences` of `tokens` each, whose summaries are all on the device, and for `hot` of their rows, a fraction in
+    /// (0, 1]; the sinks, the newest tokens and `config.hot.slots` of each come on top.
+    #[must_use]
+    pub fn for_load(config: &Config, sequences: usize, tokens: usize, hot: f64) -> Self {
+        let heads = config.heads.num_kv_heads();
+        let padded = tokens.next_multiple_of(256);
+        let least = config.sinks.next_multiple_of(PAGE_TOKENS) + ring(config.window) + config.hot.slots;
+        let rows = ((padded as f64 * hot.clamp(0.0, 1.0)).ceil() as usize).max(least);
+        Self {
+            max_sequences: sequences,
+            max_tokens: tokens,
+            max_batch: sequences,
+            rows: sequences * heads * rows,
+            page_tokens: sequences * heads * padded,
+            host_bytes: usize::MAX,
+            prefer: Prefer::default(),
+        }
+    }
+}
+
+/// Newest tokens that keep their rows: the window, the page that leaves it, and some that a truncation may uncover.
+pub(super) const fn ring(window: usize) -> usize {
+    window.next_multiple_of(PAGE_TOKENS) + 4 * PAGE_TOKENS
+}
+
+/// What the device does of a configuration.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Plan {
+    pub(super) shape: CacheShape,
+    /// Every step is exact.
+    pub(super) exact: bool,
+    /// Bits of a key's and a value's code. With key bits tokens are selected, else whole pages.
+    pub(super) bits: [usize; 2],
+    /// Page means stand for what is not selected.
+    pub(super) tail: bool,
+    /// Tokens that a step retrieves at most.
+    pub(super) retrieved: usize,
+    /// Slots of a kv head once a sequence does not fit densely.
+    pub(super) slots: usize,
+}
+
+impl Plan {
+    /// Refuses what the device cannot do.
+    pub(super) fn new(config: &Config, options: &GpuOptions) -> Result<Self> {
+        config.validate()?;
+        let heads = config.heads;
+        let shape = CacheShape {
+            heads: heads.num_kv_heads(),
+            group: heads.group(),
+            head_dim: heads.head_dim(),
+            sinks: config.sinks,
+            window: config.window,
+            ring: ring(config.window),
+        };
+        shape.check()?;
+        let refuse = |reason: &str| Err(Error::config("policy", config.policy.spec(), reason));
+        let (exact, bits, tail) = match config.policy.kind() {
+            PolicyKind::Full => (true, [0; 2], false),
+            PolicyKind::PageMean(options) => {
+                let bits = [options.sketch.k_bits(), options.sketch.v_bits()];
+                if bits[0] > 2 {
+                    return refuse("the cuda backend keeps at most two bits of a key");
+                }
+                let wanted = if bits[0] > 0 { Unit::Token } else { Unit::Page };
+                if options.unit != wanted {
+                    return refuse(
+                        "the cuda backend picks tokens with a sketch and pages (unit=page) without",
+                    );
+                }
+                (false, bits, options.tail != Tail::Off)
+            }
+            _ => return refuse("the cuda backend runs `full` and `pagemean`"),
+        };
+        let fixed = shape.fixed_max();
+        let mut retrieved = config.budget.saturating_sub(fixed);
+        if bits[0] == 0 {
+            retrieved = retrieved / PAGE_TOKENS * PAGE_TOKENS;
+        }
+        if !exact && (retrieved == 0 || retrieved > RETRIEVED_MAX) {
+            let reason = format!(
+                "the cuda backend attends {fixed} fixed tokens and retrieves 16 to {RETRIEVED_MAX} beside"
+            );
+            return Err(Error::config("budget", config.budget, reason));
+        }
+        if config.dense_layers > 0 {
+            return Err(Error::config("dense_layers", config.dense_layers, "must be 0 on the cuda backend"));
+        }
+        if !config.spans.is_empty() {
+            let got = format!("{} layers", config.spans.len());
+            return Err(Error::config("spans", got, "must be empty on the cuda backend"));
+        }
+        let slots_min = retrieved.max(shape.sinks + 2 * shape.ring);
+        if !exact && config.hot.slots < slots_min {
+            let reason = format!(
+                "must be at least {slots_min}: the {retrieved} tokens of a step, and twice the newest ones"
+            );
+            return Err(Error::config("hot.slots", config.hot.slots, reason));
+        }
+        for (field, value) in [
+            ("max_sequences", options.max_sequences),
+            ("max_tokens", options.max_tokens),
+            ("max_batch", options.max_batch),
+            ("rows", options.rows),
+        ] {
+            if value == 0 {
+                return Err(Error::config(field, 0, "must be at least 1"));
+            }
+        }
+        if !options.page_tokens.is_multiple_of(256) {
+            return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
+        }
+        Ok(Self { shape, exact, bits, tail, retrieved, slots: config.hot.slots })
+    }
+
+    /// Whether tokens are selected, by their sketches; else pages.
+    pub(super) const fn by_token(&self) -> bool {
+        self.bits[0] > 0
+    }
+
+    /// Units that a step selects at most.
+    pub(super) const fn units(&self) -> usize {
+        if self.by_token() { self.retrieved } else { self.retrieved / PAGE_TOKENS }
+    }
+
+    /// Rows of a kv head with slots at least.
+    pub(super) const fn slot_rows(&self) -> usize {
+        self.shape.sinks + self.shape.ring + self.slots
+    }
+}

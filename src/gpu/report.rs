@@ -1,0 +1,44 @@
+//! What the engine on the device did, and what it holds.
+
+/// What has happened since the engine was opened, or since the counters were cleared (hits and fetches).
+#[derive(Debug, Clone, PartialEq)]
+pub struct GpuReport {
+    /// The device's name.
+    pub device: String,
+    /// Steps of single layers.
+    pub steps: u64,
+    /// Of these, exact ones.
+    pub exact_steps: u64,
+    /// Of these, replayed from a recording.
+    pub replayed_steps: u64,
+    /// Retrieved rows that were in their slots.
+    pub rows_hit: u64,
+    /// Retrieved rows that came from host memory.
+    pub rows_fetched: u64,
+    /// Their bytes.
+    pub bytes_fetched: u64,
+    /// When a step is exact, in words.
+    pub rule: String,
+}
+
+impl GpuReport {
+    /// Share of retrieved rows that were in their slots; 1 when none was retrieved.
+    #[must_use]
+    pub fn hit_rate(&self) -> f64 {
+        let all = self.rows_hit + self.rows_fetched;
+        if all == 0 { 1.0 } else { self.rows_hit as f64 / all as f64 }
+    }
+}
+
+/// Bytes of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// Rows on the device, all layers: the hot tier.
+    pub rows_bytes: usize,
+    /// Rows of a layer that belong to no sequence.
+    pub rows_free: usize,
+    /// Summaries, sketches, slot tables and scores on the device, all layers.
+    pub summary_bytes: usize,
+    /// Page-locked host memory: the warm tier.
+    pub host_bytes: usize,
+}

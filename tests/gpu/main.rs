@@ -1,0 +1,7 @@
+//! The engine on the device against the engine on the CPU and against full attention. Fails without a device.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod lifetime;
+mod trace;
+mod world;
