@@ -30,6 +30,18 @@ pub struct HotConfig {
 pub struct ColdConfig {
     /// Folder of the cold files; must exist. They are removed when the engine is dropped.
     pub folder: PathBuf,
+    /// Which slabs give way first, by what steps used.
+    pub eviction: EvictionKind,
+    /// Slabs that a step may ask to be read ahead: those on disk that the next layer's last step used. 0 = none.
+    pub read_ahead: usize,
+}
+
+impl ColdConfig {
+    /// Files in `folder`, longest unused slabs first, four slabs read ahead a step.
+    #[must_use]
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self { folder: folder.into(), eviction: EvictionKind::Lru, read_ahead: 4 }
+    }
 }
 
 /// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before

@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::page::PageTable;
 use crate::plan::{HeadPath, StepFacts, choose};
-use crate::policy::PrefetchKind;
+use crate::policy::{EvictionKind, PrefetchKind};
 use crate::prefill::publish;
 use crate::query::GroupQuery;
 use crate::reuse::{Ask, Outcome, ReuseQuery, ReuseReport, SparseStep};
@@ -37,6 +37,8 @@ pub(crate) struct Workspace {
     state: StateBuf,
     tail: StateBuf,
     guess: Vec<u32>,
+    /// Key and value of one token while it is weighed, `[2, head_dim]`.
+    row: Vec<f32>,
     reuse: ReuseSpace,
 }
 
@@ -49,18 +51,17 @@ struct ReuseSpace {
     state: StateBuf,
 }
 
-/// Workspaces not in use. A stack rather than one per thread: a worker that waits inside the exact path may start on
-/// another head, which then needs a second workspace.
-#[derive(Default)]
-pub(crate) struct WorkspacePool(parking_lot::Mutex<Vec<Workspace>>);
+/// One workspace per kv head, so that each has grown after one step, whichever threads run the heads. The locks are never
+/// waited for: an engine takes one step at a time.
+pub(crate) struct Workspaces(Vec<parking_lot::Mutex<Workspace>>);
 
-impl WorkspacePool {
-    fn take(&self) -> Workspace {
-        self.0.lock().pop().unwrap_or_default()
+impl Workspaces {
+    pub(crate) fn new(num_kv_heads: usize) -> Self {
+        Self((0..num_kv_heads).map(|_| Default::default()).collect())
     }
 
-    fn put(&self, space: Workspace) {
-        self.0.lock().push(space);
+    fn of(&self, head: usize) -> parking_lot::MutexGuard<'_, Workspace> {
+        self.0[head].lock()
     }
 }
 
@@ -69,7 +70,7 @@ pub(crate) struct StepContext<'a> {
     pub(crate) config: &'a Config,
     pub(crate) backend: &'a dyn AttentionBackend,
     pub(crate) clock: &'a dyn Clock,
-    pub(crate) workspaces: &'a WorkspacePool,
+    pub(crate) workspaces: &'a Workspaces,
     pub(crate) layer: usize,
     pub(crate) scale: f32,
     /// Post-RoPE and, where the host gives them, pre-RoPE queries, `[1, num_q_heads, head_dim]`.
@@ -94,10 +95,8 @@ pub(crate) fn decode_layer(
         .zip(report.shards.par_iter_mut())
         .enumerate()
         .try_for_each(|(head, ((shard, out), report))| {
-            let mut space = step.workspaces.take();
-            let done = decode_shard(step, (head, shard, span), &mut space, out, report);
-            step.workspaces.put(space);
-            done
+            let mut space = step.workspaces.of(head);
+            decode_shard(step, (head, shard, span), &mut space, out, report)
         })
 }
 
@@ -234,8 +233,17 @@ fn decode_shard(
         }
         report.reuse = shard.reuse.report();
     }
-    if config.cold.is_some() {
-        shard.touch(&space.table, position);
+    if let Some(cold) = &config.cold {
+        let (row, lse) = (&mut space.row, &report.exact_lse);
+        row.resize(2 * head_dim, 0.0);
+        let (key, value) = row.split_at_mut(head_dim);
+        shard.touch(&space.table, |pages, token| match cold.eviction {
+            EvictionKind::Mass => {
+                pages.widen_row(token, key, value);
+                query.mass(key, lse)
+            }
+            _ => 0.0,
+        });
     }
     report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
     watch.lap(Stage::Commit);
@@ -341,16 +349,15 @@ pub(crate) fn prefetch_layer(step: &StepContext<'_>, layer: &mut LayerShards) ->
         if kind != PrefetchKind::Predicted {
             return shard.hot.as_mut().map_or(Ok(()), |hot| hot.prefetch(None, &shard.pages));
         }
-        let mut space = step.workspaces.take();
+        let mut space = step.workspaces.of(head);
         let mut guess = std::mem::take(&mut space.guess);
         guess.clear();
-        let guessed = guess_shard(step, (head, shard), &mut guess);
+        let guessed = guess_with(step, (head, shard), &mut space, &mut guess);
         let fetched = guessed.and_then(|()| match &mut shard.hot {
             Some(hot) => hot.prefetch(Some(&guess), &shard.pages),
             None => Ok(()),
         });
         space.guess = guess;
-        step.workspaces.put(space);
         fetched
     })
 }
@@ -361,15 +368,22 @@ pub(crate) fn guess_shard(
     (head, shard): (usize, &Shard),
     found: &mut Vec<u32>,
 ) -> Result<()> {
+    guess_with(step, (head, shard), &mut step.workspaces.of(head), found)
+}
+
+fn guess_with(
+    step: &StepContext<'_>,
+    (head, shard): (usize, &Shard),
+    space: &mut Workspace,
+    found: &mut Vec<u32>,
+) -> Result<()> {
     let heads = step.config.heads;
-    let mut space = step.workspaces.take();
     load_query(&step.q, head, heads.group(), &mut space.q);
     let query = GroupQuery { q: &space.q, group: heads.group(), scale: step.scale };
     space.state.reset(heads.group(), heads.head_dim());
     let scratch = (&mut space.attend, &mut space.select);
     let cost = select_sparse(step, &query, shard, (&mut space.selection, &mut space.state), scratch);
     found.extend_from_slice(&space.selection.retrieved);
-    step.workspaces.put(space);
     cost.map(|_| ())
 }
 

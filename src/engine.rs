@@ -3,6 +3,7 @@
 mod crew;
 mod persist;
 mod prefill_attend;
+mod slab_book;
 mod spill;
 
 use std::collections::HashMap;
@@ -15,11 +16,10 @@ pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
-use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard, prefetch_layer};
+use crate::decode::{StepContext, Workspaces, decode_layer, guess_shard, prefetch_layer};
 use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
-use crate::page::cold::ColdTier;
 use crate::page::{ShardPages, WarmMemory};
 use crate::policy::PrefetchKind;
 use crate::prefill;
@@ -85,11 +85,11 @@ pub struct Engine {
     next_seq: u64,
     /// Own threads; `None` = those of the caller.
     crew: Option<Crew>,
-    workspaces: WorkspacePool,
+    workspaces: Workspaces,
     backend: Box<dyn AttentionBackend>,
     memory: WarmMemory,
     clock: Box<dyn Clock>,
-    cold: Option<ColdTier<spill::SlabKey>>,
+    cold: Option<spill::Cold>,
 }
 
 impl Engine {
@@ -101,6 +101,7 @@ impl Engine {
         config.validate()?;
         let crew = if config.threads == 0 { None } else { Some(Crew::start(config.threads)?) };
         let cold = spill::open(&config)?;
+        let workspaces = Workspaces::new(config.heads.num_kv_heads());
         let backend: Box<dyn AttentionBackend> = Box::new(CpuBackend::detect());
         let memory = spill::warm_memory(&config, &*backend);
         Ok(Self {
@@ -109,7 +110,7 @@ impl Engine {
             sequences: HashMap::new(),
             next_seq: 0,
             crew,
-            workspaces: WorkspacePool::default(),
+            workspaces,
             memory,
             backend,
             clock: Box::new(SystemClock::start()),
@@ -155,7 +156,7 @@ impl Engine {
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
         on_threads(self.crew.as_ref(), || prefill::append(shards, k, v))?;
-        self.spill(Patience::Prefill);
+        self.spill((seq, layer.0), Patience::Prefill);
         Ok(())
     }
 
@@ -225,7 +226,7 @@ impl Engine {
             };
             prefetch_layer(&context, &mut layers[target])
         })?;
-        self.spill(Patience::Step);
+        self.spill((seq, step.layer.0), Patience::Step);
         Ok(())
     }
 

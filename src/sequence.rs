@@ -5,10 +5,21 @@ use std::sync::Arc;
 use crate::config::Config;
 use crate::error::Result;
 use crate::hot::HotShard;
-use crate::page::{PageTable, ShardPages, WarmMemory};
+use crate::ids::TokenPos;
+use crate::page::{PageLife, PageTable, ShardPages, WarmMemory};
 use crate::reuse::{ReuseCache, cache};
 use crate::select::{Selector, selector};
-use crate::shape::PageShape;
+use crate::shape::{PAGE_TOKENS, PageShape};
+
+/// What the cold tier knows of a full slab.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlabNote {
+    /// Its place in the book of slabs that may give way; `None` while it is on disk only.
+    pub(crate) slot: Option<u32>,
+    pub(crate) life: PageLife,
+    /// It is being read ahead.
+    pub(crate) reading: bool,
+}
 
 /// One (sequence, layer, kv head).
 pub(crate) struct Shard {
@@ -22,8 +33,10 @@ pub(crate) struct Shard {
     pub(crate) hot: Option<HotShard>,
     /// Tokens `0..published` are known to the selector; the rest are young and always attended.
     pub(crate) published: usize,
-    /// Position of the last step that touched each slab.
-    pub(crate) slab_used: Vec<u64>,
+    /// What the cold tier knows of each full slab.
+    pub(crate) slabs: Vec<SlabNote>,
+    /// Slabs that the last step read, ascending, with the attention mass on each where somebody weighs it.
+    pub(crate) touched: Vec<(u32, f32)>,
     /// Tokens that a selector to be built anew learns at once, as the one before it had; 0 = all there are.
     pub(crate) first_batch: usize,
 }
@@ -39,7 +52,8 @@ impl Shard {
             hot: HotShard::new(config),
             published: 0,
             first_batch: 0,
-            slab_used: Vec::new(),
+            slabs: Vec::new(),
+            touched: Vec::new(),
         })
     }
 
@@ -51,11 +65,18 @@ impl Shard {
         Ok(Arc::get_mut(&mut self.selector).expect("a copy just made, or found to have one owner"))
     }
 
-    /// Notes which slabs a step touched, for the choice of what goes to disk.
-    pub(crate) fn touch(&mut self, table: &PageTable, position: u32) {
-        self.slab_used.resize(self.pages.num_slabs(), 0);
+    /// Notes which slabs a step touched, for the choice of what goes to disk and what comes back; `weigh` gives the mass of a
+    /// token.
+    pub(crate) fn touch(&mut self, table: &PageTable, mut weigh: impl FnMut(&ShardPages, TokenPos) -> f32) {
+        self.touched.clear();
         for entry in table.entries() {
-            self.slab_used[ShardPages::slab_of_page(entry.page)] = u64::from(position);
+            let slab = ShardPages::slab_of_page(entry.page) as u32;
+            let rows = (0..PAGE_TOKENS as u32).filter(|row| entry.rows >> row & 1 == 1);
+            let mass: f32 = rows.map(|row| weigh(&self.pages, entry.page * PAGE_TOKENS as u32 + row)).sum();
+            match self.touched.last_mut() {
+                Some((last, sum)) if *last == slab => *sum += mass,
+                _ => self.touched.push((slab, mass)),
+            }
         }
     }
 
@@ -69,7 +90,8 @@ impl Shard {
             hot: HotShard::new(config),
             published: self.published,
             first_batch: self.first_batch,
-            slab_used: self.slab_used.clone(),
+            slabs: Vec::new(),
+            touched: Vec::new(),
         }
     }
 
@@ -92,6 +114,8 @@ impl Shard {
             hot.truncate(num_tokens, &self.pages)?;
         }
         self.pages.truncate(num_tokens);
+        self.slabs.truncate(self.pages.num_full_slabs());
+        self.touched.clear();
         Ok(())
     }
 }

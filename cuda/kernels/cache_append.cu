@@ -1,5 +1,5 @@
-// Begins a step of a layer: stores each sequence's new key and value on the device and in host memory, copies the queries, rotates
-// them for the sketches, and writes the ranges that the step's other kernels work on.
+// Begins a step of a layer: stores each sequence's new key and value on the device and in host memory, copies the queries, and
+// writes the ranges that the step's other kernels work on.
 //
 // One block per (kv head, sequence).
 #include "cache.cuh"
@@ -13,17 +13,14 @@ struct AppendStepParams {
     uint64_t q_entry, q_head, k_entry, k_head, v_entry, v_head; // strides in elements
     void *kv;               // [rows, 2, D] E
     void *q_out;            // [items, group, D] E
-    __half *q_rotated;      // [items, group, D], times scale; or null
-    const float *signs;     // [D] of the rotation
-    uint32_t *page_first, *page_end, *token_first, *token_end, *row_first, *row_end; // [items]
+    uint32_t *page_first, *page_end, *row_first, *row_end; // [items]
     uint32_t *num_fetch;    // [1] becomes 0
     uint32_t *fault;        // becomes 1 when a sequence has no room for its token, which is not stored
-    float scale;
     uint32_t q_type, kv_type, num_rows;
 };
 
 template <typename E, int D> __device__ __forceinline__ void append_step(const AppendStepParams &p) {
-    constexpr int LINES = D / 32, PIECES = D / 4; // 16-byte pieces of a row
+    constexpr int PIECES = D / 4; // 16-byte pieces of a row
     __shared__ __align__(16) E row[2 * D];
     const Cache &c = p.cache;
     const uint32_t head = blockIdx.x, entry = blockIdx.y, item = entry * c.heads + head;
@@ -32,7 +29,7 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     if (head == 0 && entry == 0 && threadIdx.x == 0) *p.num_fetch = 0;
     if (e.tokens == 0) {
         if (threadIdx.x == 0) {
-            p.page_first[item] = p.page_end[item] = p.token_first[item] = p.token_end[item] = 0;
+            p.page_first[item] = p.page_end[item] = 0;
             p.row_first[item] = p.row_end[item] = 0;
         }
         return;
@@ -42,7 +39,6 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     if (threadIdx.x == 0) {
         const uint32_t page = s.pages + head * s.pages_each, pages = e.exact ? 0 : min(published(c, e.tokens), s.pages_each);
         p.page_first[item] = page, p.page_end[item] = page + pages;
-        p.token_first[item] = page * 16, p.token_end[item] = (page + pages) * 16;
         const uint32_t first = s.rows + head * s.rows_each;
         p.row_first[item] = first, p.row_end[item] = first + (dense && e.exact ? e.tokens : 0);
     }
@@ -54,19 +50,9 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     }
     for (uint32_t g = warp; g < c.group; g += blockDim.x / 32) {
         const uint64_t from = entry * p.q_entry + (head * c.group + g) * p.q_head, to = (uint64_t(item) * c.group + g) * D;
-        float x[LINES];
 #pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            const E q = narrow<E>(load_as(p.q, from + 32 * l + lane, p.q_type));
-            static_cast<E *>(p.q_out)[to + 32 * l + lane] = q;
-            x[l] = wide(q);
-        }
-        if (D == 96 || !p.q_rotated) continue;
-#pragma unroll
-        for (int l = 0; l < LINES; l++) x[l] *= p.signs[32 * l + lane];
-        hadamard<LINES>(x, lane);
-#pragma unroll
-        for (int l = 0; l < LINES; l++) p.q_rotated[to + 32 * l + lane] = __float2half_rn(x[l] * p.scale);
+        for (int d = 0; d < D; d += 32)
+            static_cast<E *>(p.q_out)[to + d + lane] = narrow<E>(load_as(p.q, from + d + lane, p.q_type));
     }
     __syncthreads();
     const uint32_t at = row_of(c, s, head, token);

@@ -7,9 +7,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use parking_lot::{Condvar, Mutex};
 use rayon::ThreadPool;
 
 use crate::error::{Error, Result};
@@ -61,8 +60,12 @@ impl Crew {
         let builder = rayon::ThreadPoolBuilder::new().num_threads(num_threads);
         let pool = builder
             .thread_name(|i| format!("floe-{i}"))
+            // The first look into a queue registers the thread with its memory reclamation, which allocates.
+            .start_handler(|_| drop(crossbeam::epoch::pin()))
             .build()
             .map_err(|e| Error::Pool { threads: num_threads, reason: e.to_string() })?;
+        // All of them have started when this returns, not sometime during the first steps.
+        pool.broadcast(|_| ());
         let desk = Arc::new(Desk::default());
         let at_desk = desk.clone();
         pool.spawn(move || at_desk.serve());
@@ -92,13 +95,19 @@ impl Crew {
 
 impl Drop for Crew {
     fn drop(&mut self) {
-        *self.desk.letter.lock() = Letter::Closed;
+        *self.desk.open() = Letter::Closed;
         self.desk.posted.store(true, Ordering::Release);
         self.desk.at_work.notify_one();
     }
 }
 
 impl Desk {
+    /// The lock of the standard library: parking_lot's table of waiting threads grows with the first wait of each. Nothing
+    /// panics under it, so it is never poisoned.
+    fn open(&self) -> MutexGuard<'_, Letter> {
+        self.letter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Hands `call` to the thread at the desk and returns when it has run.
     fn post(&self, call: &mut (dyn FnMut() + Send)) {
         let call: *mut (dyn FnMut() + Send + '_) = call;
@@ -107,13 +116,13 @@ impl Desk {
         let call = unsafe {
             std::mem::transmute::<*mut (dyn FnMut() + Send + '_), *mut (dyn FnMut() + Send + 'static)>(call)
         };
-        *self.letter.lock() = Letter::Work(Work(call));
+        *self.open() = Letter::Work(Work(call));
         self.posted.store(true, Ordering::Release);
         self.at_work.notify_one();
         patiently(&self.answered);
-        let mut letter = self.letter.lock();
+        let mut letter = self.open();
         while !matches!(*letter, Letter::Done) {
-            self.at_caller.wait(&mut letter);
+            letter = self.at_caller.wait(letter).unwrap_or_else(PoisonError::into_inner);
         }
         *letter = Letter::Empty;
         self.answered.store(false, Ordering::Release);
@@ -122,20 +131,20 @@ impl Desk {
     fn serve(&self) {
         loop {
             patiently(&self.posted);
-            let mut letter = self.letter.lock();
+            let mut letter = self.open();
             let Work(call) = loop {
                 match std::mem::replace(&mut *letter, Letter::Running) {
                     Letter::Work(work) => break work,
                     Letter::Closed => return,
                     other => *letter = other,
                 }
-                self.at_work.wait(&mut letter);
+                letter = self.at_work.wait(letter).unwrap_or_else(PoisonError::into_inner);
             };
             self.posted.store(false, Ordering::Release);
             drop(letter);
             // SAFETY: the caller waits in `post` and keeps the closure alive and untouched; it catches its own panics.
             unsafe { (*call)() };
-            *self.letter.lock() = Letter::Done;
+            *self.open() = Letter::Done;
             self.answered.store(true, Ordering::Release);
             self.at_caller.notify_one();
         }

@@ -67,7 +67,7 @@ impl Engine {
             prefill::append(layer, &step.k, &step.v)?;
             prefill::attend(&*self.backend, layer, (&step.q, step.scale), out)
         })?;
-        self.spill(Patience::Prefill);
+        self.spill((seq, step.layer.0), Patience::Prefill);
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
 //! The kernels of one layer's step, in order, and the memory that they hand to one another.
 //!
 //! ```text
-//! stream  append ─> page_scores ─> [sketch_scores] ─> select ─┬> resolve ─> fetch ─> attend ─┬> finish
-//! side      └> build_pages                                    └> page_tail ──────────────────┘
+//! stream  append ─> page_scores or token_scores ─> select ─┬> resolve ─> fetch ─> attend ─┬> finish
+//! side      └> build_pages                                 └> tail ───────────────────────┘
 //! ```
 //! A chain is made for a number of entries and a length class (powers of two) and can be recorded in a graph: lengths, places and
 //! lists are read from device memory.
@@ -13,9 +13,13 @@ use floe_cuda::ops::cache::{
     AppendStep, DeviceTensor, FetchList, FoundUnit, PageSource, Ranges, Resolve, Tables, append_step,
     build_pages, fetch_listed, finish, resolve,
 };
+use floe_cuda::ops::sweep::{
+    KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
+    UnitsMut, ValueCodes,
+};
 use floe_cuda::ops::{
-    DecodeArgs, DecodePlan, DevState, DeviceElem, KeySketches, Lists, PageScores, PlanShape, Scan, ScanShape,
-    Scores, Select, Spans, Summaries, dense_decode, sparse_decode,
+    DecodeArgs, DecodePlan, DevState, DeviceElem, Lists, PlanShape, ScanShape, Spans, Summaries,
+    dense_decode, sparse_decode,
 };
 use half::f16;
 
@@ -51,8 +55,8 @@ pub(super) struct StepIo {
 pub(super) struct Shared {
     /// [pages / 16, group, 16]
     page_scores: DeviceBuffer<f32>,
-    /// [pages, group, 16], with a sketch.
-    token_scores: DeviceBuffer<f16>,
+    /// What tokens add to them, [pages, group, 16], with a sketch.
+    residuals: DeviceBuffer<f16>,
     signs: Option<DeviceBuffer<f32>>,
     side: Stream,
     fork: [Event; 2],
@@ -63,10 +67,10 @@ impl Shared {
     pub(super) fn new(device: &Device, plan: &Plan, options: &GpuOptions) -> Result<Self, crate::Error> {
         let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
         let group = plan.shape.group;
-        let signs = if plan.sketch { Some(rotation_signs(plan.shape.head_dim)?) } else { None };
+        let signs = if plan.by_token() { Some(rotation_signs(plan.shape.head_dim)?) } else { None };
         Ok(Self {
             page_scores: DeviceBuffer::zeros(device, pages * group)?,
-            token_scores: DeviceBuffer::zeros(device, if plan.sketch { pages * group * 16 } else { 0 })?,
+            residuals: DeviceBuffer::zeros(device, if plan.by_token() { pages * group * 16 } else { 0 })?,
             signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
             side: Stream::new(device)?,
             fork: [Event::new(device)?, Event::new(device)?],
@@ -79,7 +83,7 @@ impl Shared {
     }
 
     pub(super) fn size_bytes(&self) -> usize {
-        self.page_scores.view().len() * 4 + self.token_scores.view().len() * 2
+        self.page_scores.view().len() * 4 + self.residuals.view().len() * 2
     }
 }
 
@@ -105,8 +109,7 @@ fn rotation_signs(dim: usize) -> Result<Vec<f32>, crate::Error> {
 pub(super) struct Chain<E> {
     shape: ChainShape,
     q: DeviceBuffer<E>,
-    q_rotated: DeviceBuffer<f16>,
-    ranges: [DeviceBuffer<u32>; 6],
+    ranges: [DeviceBuffer<u32>; 4],
     exact: Option<(DecodePlan, State)>,
     sparse: Option<Sparse>,
     num_fetch: DeviceBuffer<u32>,
@@ -114,9 +117,9 @@ pub(super) struct Chain<E> {
 
 #[derive(Debug)]
 struct Sparse {
-    scan: Scan,
+    sweep: Sweep,
     attend: DecodePlan,
-    page_lse: DeviceBuffer<f32>,
+    unit_lse: DeviceBuffer<f32>,
     found_first: DeviceBuffer<u32>,
     found_end: DeviceBuffer<u32>,
     found: DeviceBuffer<u32>,
@@ -156,7 +159,7 @@ impl Sparse {
     fn new(device: &Device, plan: &Plan, shape: ChainShape, num_pages: usize) -> Result<Self, DeviceError> {
         let cache = plan.shape;
         let items = shape.entries * cache.heads;
-        let units = if plan.sketch { plan.retrieved } else { plan.retrieved / 16 };
+        let units = plan.units();
         let list_each = cache.fixed_max() + plan.retrieved;
         let firsts = |each: usize| (0..items).map(|i| (i * each) as u32).collect::<Vec<_>>();
         let rows_max = vec![list_each as u32; items];
@@ -169,9 +172,9 @@ impl Sparse {
             num_pages,
         };
         Ok(Self {
-            scan: Scan::new(device, scan)?,
+            sweep: Sweep::new(device, scan)?,
             attend: DecodePlan::new(device, decode)?,
-            page_lse: DeviceBuffer::zeros(device, items * cache.group)?,
+            unit_lse: DeviceBuffer::zeros(device, items * cache.group)?,
             found_first: DeviceBuffer::from_slice(device, &firsts(units))?,
             found_end: DeviceBuffer::zeros(device, items)?,
             found: DeviceBuffer::zeros(device, items * units)?,
@@ -205,8 +208,7 @@ impl<E: DeviceElem> Chain<E> {
         let sparse = || Sparse::new(device, plan, shape, options.page_tokens / 16);
         Ok(Self {
             q: DeviceBuffer::zeros(device, heads * cache.head_dim)?,
-            q_rotated: DeviceBuffer::zeros(device, heads * cache.head_dim)?,
-            ranges: [words()?, words()?, words()?, words()?, words()?, words()?],
+            ranges: [words()?, words()?, words()?, words()?],
             exact: shape.exact.then(exact).transpose()?,
             sparse: (!shape.exact).then(sparse).transpose()?,
             num_fetch: DeviceBuffer::zeros(device, 1)?,
@@ -230,21 +232,16 @@ impl<E: DeviceElem> Chain<E> {
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
-        let rotated = shared.signs.as_ref().map(|signs| (self.q_rotated.view_mut(), signs.view()));
-        let [page_first, page_end, token_first, token_end, row_first, row_end] = &mut self.ranges;
+        let [page_first, page_end, row_first, row_end] = &mut self.ranges;
         let append = AppendStep {
             q: io.q,
             k: io.k,
             v: io.v,
-            scale,
             kv: kv.view_mut(),
             q_out: self.q.view_mut(),
-            rotated,
             ranges: Ranges {
                 page_first: page_first.view_mut(),
                 page_end: page_end.view_mut(),
-                token_first: token_first.view_mut(),
-                token_end: token_end.view_mut(),
                 row_first: row_first.view_mut(),
                 row_end: row_end.view_mut(),
             },
@@ -254,7 +251,7 @@ impl<E: DeviceElem> Chain<E> {
         let params = AttendParams { scale, softcap: None };
         if let Some((attend, state)) = &mut self.exact {
             let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
-            let rows = Spans { first: self.ranges[4].view(), end: self.ranges[5].view() };
+            let rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
             dense_decode(stream, attend, &args, rows, state.write())?;
         }
         if self.sparse.is_some() {
@@ -285,63 +282,71 @@ impl<E: DeviceElem> Chain<E> {
         let built = memory.write(shared.signs.as_ref());
         build_pages(&shared.side, tables, PageSource::Step, kv.view(), built)?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
-        let tokens = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
-        let summaries =
-            Summaries { keys: memory.mean_keys.view(), log_count: memory.log_count.view(), pages };
-        let (q, scores) = ((self.q.view(), params.scale), shared.page_scores.view_mut());
-        sparse.scan.page_scores(stream, q, &summaries, scores, sparse.page_lse.view_mut())?;
-        if plan.sketch {
-            let of_pages = PageScores {
-                scores: shared.page_scores.view(),
-                log_count: memory.log_count.view(),
-                lse: sparse.page_lse.view(),
-                pages,
-            };
-            let sketches = KeySketches {
-                bits: 1,
-                lines: memory.lines.view(),
-                scales: memory.scales.view(),
+        let query = (self.q.view(), params.scale);
+        let rotation = shared.signs.as_ref().map(|signs| Rotation { signs: signs.view(), order: None });
+        if let Some(rotation) = rotation {
+            let codes = KeyCodes {
+                bits: plan.bits[0],
+                lines: memory.key_lines.view(),
+                scales: memory.key_scales.view(),
                 masks: memory.masks.view(),
+                rotation,
+                spread: floe_index::export::token_spread(plan.bits[0]),
             };
-            let scores = shared.token_scores.view_mut();
-            sparse.scan.sketch_scores(stream, self.q_rotated.view(), &sketches, &of_pages, scores)?;
+            let to = TokenScoresMut {
+                scores: shared.page_scores.view_mut(),
+                residuals: shared.residuals.view_mut(),
+                lse: sparse.unit_lse.view_mut(),
+            };
+            let means = PageKeys { keys: memory.mean_keys.view(), pages };
+            sparse.sweep.token_scores(stream, query, &means, &codes, to)?;
+        } else {
+            let summaries =
+                Summaries { keys: memory.mean_keys.view(), log_count: memory.log_count.view(), pages };
+            let (scores, lse) = (shared.page_scores.view_mut(), sparse.unit_lse.view_mut());
+            sparse.sweep.page_scores(stream, query, &summaries, scores, lse)?;
         }
-        let select = Select {
-            pages: if plan.sketch { tokens } else { pages },
-            lse: (!plan.sketch).then(|| sparse.page_lse.view()),
+        let selection = Selection {
+            pages,
+            lse: sparse.unit_lse.view(),
+            attended: None,
             ids: None,
-            budget: if plan.sketch { plan.retrieved } else { plan.retrieved / 16 } as u32,
+            budget: plan.units() as u32,
+            budgets: None,
             list_first: sparse.found_first.view(),
             list_end: sparse.found_end.view_mut(),
             list: sparse.found.view_mut(),
         };
-        let scores = if plan.sketch {
-            Scores::Tokens(shared.token_scores.view_mut())
+        let units = if plan.by_token() {
+            UnitsMut::Tokens { scores: shared.page_scores.view(), residuals: shared.residuals.view_mut() }
         } else {
-            Scores::Pages(shared.page_scores.view_mut())
+            UnitsMut::Pages(shared.page_scores.view_mut())
         };
-        sparse.scan.select_topk(stream, select, scores)?;
+        sparse.sweep.select(stream, selection, units)?;
         if plan.tail {
             shared.fork[1].record(stream)?;
             shared.side.wait(&shared.fork[1])?;
-            let state = sparse.tail.write();
-            let of_pages = PageScores {
-                scores: memory.log_count.view().slice(0..0)?,
-                log_count: memory.log_count.view(),
-                lse: sparse.page_lse.view(),
-                pages,
+            let scores = shared.page_scores.view();
+            let units = match rotation {
+                None => TailUnits::Pages(scores),
+                Some(rotation) => {
+                    let values = (plan.bits[1] > 0).then(|| ValueCodes {
+                        bits: plan.bits[1],
+                        lines: memory.value_lines.view(),
+                        scales: memory.value_scales.view(),
+                        rotation,
+                    });
+                    TailUnits::Tokens(TokenScores { scores, residuals: shared.residuals.view() }, values)
+                }
             };
-            let scores = if plan.sketch {
-                Scores::Tokens(shared.token_scores.view_mut())
-            } else {
-                Scores::Pages(shared.page_scores.view_mut())
-            };
-            sparse.scan.page_tail(&shared.side, &scores, memory.mean_values.view(), &of_pages, state)?;
+            let (lse, values) = (sparse.unit_lse.view(), memory.mean_values.view());
+            let tail = TailArgs { units, lse, values, pages };
+            sparse.sweep.tail(&shared.side, &tail, sparse.tail.write())?;
         }
         let found = Resolve {
             spans: Spans { first: sparse.found_first.view(), end: sparse.found_end.view() },
             found: sparse.found.view(),
-            unit: if plan.sketch { FoundUnit::Tokens } else { FoundUnit::Pages },
+            unit: if plan.by_token() { FoundUnit::Tokens } else { FoundUnit::Pages },
             retrieved: plan.retrieved,
             list: sparse.list.view_mut(),
             list_end: sparse.list_end.view_mut(),

@@ -46,9 +46,12 @@ pub struct CostModel {
 impl CostModel {
     pub(super) fn new(plan: &Plan) -> Self {
         let (dim, group) = (plan.shape.head_dim as f64, plan.shape.group as f64);
-        // Two means of a page, their scores read twice; codes, scale, and token scores written and read twice.
-        let means = 2.0 * (2.0 * dim + 2.0 * group) / 16.0;
-        let codes = if plan.sketch { dim / 8.0 + 2.0 + 3.0 * 2.0 * group } else { 0.0 };
+        // Two means of a page and their scores, written and read twice; codes and scales; what each token adds to its page's
+        // score, written and read twice.
+        let means = (4.0 * dim + 12.0 * group) / 16.0;
+        let code = |bits: usize| if bits > 0 { bits as f64 * dim / 8.0 + 2.0 } else { 0.0 };
+        let scores = if plan.by_token() { 6.0 * group } else { 0.0 };
+        let codes = code(plan.bits[0]) + code(plan.bits[1]) + scores;
         Self {
             row_bytes: 4.0 * dim,
             summary_bytes: means + codes,

@@ -373,7 +373,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         for (item, units) in found.iter().enumerate().take(sequences.len() * heads) {
             let place = self.places.get(sequences[item / heads])?.place;
             let first = (place.pages + (item % heads) as u32 * place.pages_each) * 16;
-            let mut tokens: Vec<u32> = if self.plan.sketch {
+            let mut tokens: Vec<u32> = if self.plan.by_token() {
                 units.iter().map(|unit| unit - first).collect()
             } else {
                 units.iter().flat_map(|page| (0..16).map(move |i| page * 16 + i - first)).collect()

@@ -26,9 +26,15 @@ pub(super) struct PageMemory<E> {
     pub(super) mean_values: DeviceBuffer<E>,
     /// `[pages]`
     pub(super) log_count: DeviceBuffer<f32>,
-    /// [pages, head_dim / 32, 16], [pages, 16], `[pages]`; empty without a sketch.
-    pub(super) lines: DeviceBuffer<u32>,
-    pub(super) scales: DeviceBuffer<f16>,
+    /// Bits of a key's and a value's code.
+    bits: [usize; 2],
+    /// Of keys, [pages, bits, head_dim / 32, 16], and their scales [pages, 16].
+    pub(super) key_lines: DeviceBuffer<u32>,
+    pub(super) key_scales: DeviceBuffer<f16>,
+    /// Of values.
+    pub(super) value_lines: DeviceBuffer<u32>,
+    pub(super) value_scales: DeviceBuffer<f16>,
+    /// `[pages]`
     pub(super) masks: DeviceBuffer<u16>,
 }
 
@@ -53,7 +59,8 @@ impl<E: DeviceElem> LayerMemory<E> {
     ) -> Result<Self, DeviceError> {
         let (dim, heads) = (plan.shape.head_dim, plan.shape.heads);
         let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
-        let sketched = if plan.sketch { pages } else { 0 };
+        let bits = plan.bits;
+        let sketched = |bits: usize| if bits > 0 { pages } else { 0 };
         let rows = if plan.exact { 0 } else { options.rows };
         let mut memory = Self {
             kv: DeviceBuffer::zeros(device, options.rows * 2 * dim)?,
@@ -62,9 +69,12 @@ impl<E: DeviceElem> LayerMemory<E> {
                 mean_keys: DeviceBuffer::zeros(device, pages * dim)?,
                 mean_values: DeviceBuffer::zeros(device, pages * dim)?,
                 log_count: DeviceBuffer::zeros(device, pages)?,
-                lines: DeviceBuffer::zeros(device, sketched * dim / 2)?,
-                scales: DeviceBuffer::zeros(device, sketched * 16)?,
-                masks: DeviceBuffer::zeros(device, sketched)?,
+                bits,
+                key_lines: DeviceBuffer::zeros(device, bits[0] * pages * dim / 2)?,
+                key_scales: DeviceBuffer::zeros(device, sketched(bits[0]) * 16)?,
+                value_lines: DeviceBuffer::zeros(device, bits[1] * pages * dim / 2)?,
+                value_scales: DeviceBuffer::zeros(device, sketched(bits[1]) * 16)?,
+                masks: DeviceBuffer::zeros(device, sketched(bits[0]))?,
             },
             slots: SlotMemory {
                 row_of_token: DeviceBuffer::zeros(device, pages * 16)?,
@@ -85,12 +95,23 @@ impl<E: DeviceElem> LayerMemory<E> {
     pub(super) fn size_bytes(&self) -> (usize, usize) {
         let (pages, slots) = (&self.pages, &self.slots);
         let means = pages.mean_keys.view().len() + pages.mean_values.view().len();
-        let words = [&pages.lines, &slots.row_of_token, &slots.token_of_row, &slots.used, &slots.hand];
+        let words = [
+            &pages.key_lines,
+            &pages.value_lines,
+            &slots.row_of_token,
+            &slots.token_of_row,
+            &slots.used,
+            &slots.hand,
+        ];
         let beside = means * size_of::<E>()
             + words.map(|words| words.view().len() * 4).iter().sum::<usize>()
             + pages.log_count.view().len() * 4
             + self.chunks.view().len() * 8
-            + (pages.scales.view().len() + pages.masks.view().len()) * 2;
+            + [&pages.key_scales, &pages.value_scales]
+                .map(|scales| scales.view().len() * 2)
+                .iter()
+                .sum::<usize>()
+            + pages.masks.view().len() * 2;
         (self.kv.view().len() * size_of::<E>(), beside)
     }
 }
@@ -102,8 +123,11 @@ impl<E: DeviceElem> PageMemory<E> {
             mean_values: self.mean_values.view_mut(),
             log_count: self.log_count.view_mut(),
             sketch: signs.map(|signs| PageSketch {
-                lines: self.lines.view_mut(),
-                scales: self.scales.view_mut(),
+                bits: self.bits,
+                key_lines: self.key_lines.view_mut(),
+                key_scales: self.key_scales.view_mut(),
+                value_lines: self.value_lines.view_mut(),
+                value_scales: self.value_scales.view_mut(),
                 masks: self.masks.view_mut(),
                 signs: signs.view(),
             }),

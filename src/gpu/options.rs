@@ -1,7 +1,6 @@
 //! What the engine on the device needs to know beside [`Config`], and what of a [`Config`] it can do.
 
 use floe_cuda::ops::cache::{CacheShape, RETRIEVED_MAX};
-use floe_index::sketch::SketchConfig;
 use floe_index::{Tail, Unit};
 
 use crate::config::Config;
@@ -70,8 +69,8 @@ pub(super) struct Plan {
     pub(super) shape: CacheShape,
     /// Every step is exact.
     pub(super) exact: bool,
-    /// Keys are sketched, tokens selected; else whole pages.
-    pub(super) sketch: bool,
+    /// Bits of a key's and a value's code. With key bits tokens are selected, else whole pages.
+    pub(super) bits: [usize; 2],
     /// Page means stand for what is not selected.
     pub(super) tail: bool,
     /// Tokens that a step retrieves at most.
@@ -95,27 +94,26 @@ impl Plan {
         };
         shape.check()?;
         let refuse = |reason: &str| Err(Error::config("policy", config.policy.spec(), reason));
-        let (exact, sketch, tail) = match config.policy.kind() {
-            PolicyKind::Full => (true, false, false),
+        let (exact, bits, tail) = match config.policy.kind() {
+            PolicyKind::Full => (true, [0; 2], false),
             PolicyKind::PageMean(options) => {
-                let sketch = match options.sketch {
-                    SketchConfig::OFF => false,
-                    SketchConfig::K1 => true,
-                    _ => return refuse("the cuda backend keeps sketch=off or sketch=k1"),
-                };
-                let wanted = if sketch { Unit::Token } else { Unit::Page };
+                let bits = [options.sketch.k_bits(), options.sketch.v_bits()];
+                if bits[0] > 2 {
+                    return refuse("the cuda backend keeps at most two bits of a key");
+                }
+                let wanted = if bits[0] > 0 { Unit::Token } else { Unit::Page };
                 if options.unit != wanted {
                     return refuse(
-                        "the cuda backend picks tokens with sketch=k1 and pages (unit=page) without",
+                        "the cuda backend picks tokens with a sketch and pages (unit=page) without",
                     );
                 }
-                (false, sketch, options.tail != Tail::Off)
+                (false, bits, options.tail != Tail::Off)
             }
             _ => return refuse("the cuda backend runs `full` and `pagemean`"),
         };
         let fixed = shape.fixed_max();
         let mut retrieved = config.budget.saturating_sub(fixed);
-        if !sketch {
+        if bits[0] == 0 {
             retrieved = retrieved / PAGE_TOKENS * PAGE_TOKENS;
         }
         if !exact && (retrieved == 0 || retrieved > RETRIEVED_MAX) {
@@ -151,10 +149,20 @@ impl Plan {
         if !options.page_tokens.is_multiple_of(256) {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
-        Ok(Self { shape, exact, sketch, tail, retrieved, slots: config.hot.slots })
+        Ok(Self { shape, exact, bits, tail, retrieved, slots: config.hot.slots })
     }
 
-    /// Rows of a kv head with slots.
+    /// Whether tokens are selected, by their sketches; else pages.
+    pub(super) const fn by_token(&self) -> bool {
+        self.bits[0] > 0
+    }
+
+    /// Units that a step selects at most.
+    pub(super) const fn units(&self) -> usize {
+        if self.by_token() { self.retrieved } else { self.retrieved / PAGE_TOKENS }
+    }
+
+    /// Rows of a kv head with slots at least.
     pub(super) const fn slot_rows(&self) -> usize {
         self.shape.sinks + self.shape.ring + self.slots
     }

@@ -155,7 +155,11 @@ fn shared(a: &[u32], b: &[u32]) -> f64 {
 #[test]
 fn steps_select_and_answer_as_the_cpu_does() {
     let trace = Trace::open(TRACE).unwrap();
-    for (policy, close) in [("pagemean:sketch=k1,tail=page", 0.85), ("pagemean:unit=page,tail=page", 0.75)] {
+    for (policy, close) in [
+        ("pagemean:sketch=k1,tail=page", 0.85),
+        ("pagemean:sketch=k2v1,tail=page", 0.85),
+        ("pagemean:unit=page,tail=page", 0.75),
+    ] {
         let setup = Setup { policy, ..SETUP };
         let (cpu, gpu) = (on_cpu(&trace, &setup), on_device(&trace, &setup));
         let same: f64 = gpu.retrieved.iter().zip(&cpu.retrieved).map(|(a, b)| shared(a, b)).sum::<f64>();

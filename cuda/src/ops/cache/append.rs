@@ -1,10 +1,7 @@
 //! Launcher of `cache_append`: the first kernel of a step.
 
-use half::f16;
-
 use super::{CacheParams, DeviceTensor, Tables};
-use crate::KernelError;
-use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream};
+use crate::device::{DevMut, DeviceError, Launch, Stream};
 use crate::ops::{DeviceElem, word};
 
 /// Mirrors `floe::AppendStepParams`.
@@ -17,12 +14,9 @@ struct AppendStepParams {
     strides: [u64; 6],
     kv: u64,
     q_out: u64,
-    q_rotated: u64,
-    signs: u64,
-    ranges: [u64; 6],
+    ranges: [u64; 4],
     num_fetch: u64,
     fault: u64,
-    scale: f32,
     q_type: u32,
     kv_type: u32,
     num_rows: u32,
@@ -35,10 +29,6 @@ pub struct Ranges<'a> {
     pub page_first: DevMut<'a, u32>,
     /// One past them.
     pub page_end: DevMut<'a, u32>,
-    /// Their tokens, as `16 page + place`.
-    pub token_first: DevMut<'a, u32>,
-    /// One past them.
-    pub token_end: DevMut<'a, u32>,
     /// Rows of a dense sequence.
     pub row_first: DevMut<'a, u32>,
     /// One past them; `row_first` for a sequence with slots.
@@ -54,14 +44,10 @@ pub struct AppendStep<'a, E> {
     pub k: DeviceTensor,
     /// New values, of the same shape and type.
     pub v: DeviceTensor,
-    /// Softmax scale, a factor on the rotated queries.
-    pub scale: f32,
     /// [rows, 2, head_dim]; device.
     pub kv: DevMut<'a, E>,
     /// Queries [items, group, head_dim]; device.
     pub q_out: DevMut<'a, E>,
-    /// Rotated queries [items, group, head_dim] and the rotation's signs `[head_dim]`; device. Not for head_dim 96.
-    pub rotated: Option<(DevMut<'a, f16>, DevRef<'a, f32>)>,
     /// Per item.
     pub ranges: Ranges<'a>,
     /// One word, becomes 0; device.
@@ -86,22 +72,11 @@ pub fn append_step<E: DeviceElem>(
         let (value, expected) = (step.v.dtype() as usize, "the type of k");
         return Err(DeviceError::Unsupported { field: "type of v", value, expected });
     }
-    if !step.scale.is_finite() {
-        return Err(KernelError::Scale { scale: step.scale }.into());
-    }
     let num_rows = step.kv.len() / shape.row_len();
     step.kv.check("kv", num_rows * shape.row_len())?;
     step.q_out.check("q_out", items * shape.group * shape.head_dim)?;
-    let (q_rotated, signs) = match &step.rotated {
-        Some((q, signs)) => {
-            q.check("q_rotated", items * shape.group * shape.head_dim)?;
-            signs.check("signs", shape.head_dim)?;
-            (q.address(), signs.address())
-        }
-        None => (0, 0),
-    };
     let r = &step.ranges;
-    let ranges = [&r.page_first, &r.page_end, &r.token_first, &r.token_end, &r.row_first, &r.row_end];
+    let ranges = [&r.page_first, &r.page_end, &r.row_first, &r.row_end];
     for range in ranges {
         range.check("ranges", items)?;
     }
@@ -115,12 +90,9 @@ pub fn append_step<E: DeviceElem>(
         strides: [q0, q1, k0, k1, v0, v1],
         kv: step.kv.address(),
         q_out: step.q_out.address(),
-        q_rotated,
-        signs,
         ranges: ranges.map(|range| range.address()),
         num_fetch: step.num_fetch.address(),
         fault: stream.device().fault_address(),
-        scale: step.scale,
         q_type: step.q.dtype() as u32,
         kv_type: step.k.dtype() as u32,
         num_rows: word("kv", num_rows)?,

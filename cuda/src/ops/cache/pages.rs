@@ -1,4 +1,4 @@
-//! Launcher of `cache_pages`: summaries and key sketches of pages.
+//! Launcher of `cache_pages`: summaries and sketches of pages.
 
 use half::f16;
 
@@ -17,8 +17,7 @@ struct PagesParams {
     mean_keys: u64,
     mean_values: u64,
     log_count: u64,
-    lines: u64,
-    scales: u64,
+    codes: [u64; 4],
     masks: u64,
     signs: u64,
     dtype: u32,
@@ -27,6 +26,8 @@ struct PagesParams {
     first_page: u32,
     in_step: u32,
     num_pages: u32,
+    key_bits: u32,
+    value_bits: u32,
 }
 
 /// Which pages, and where their tokens are read.
@@ -63,17 +64,23 @@ pub struct Pages<'a, E> {
     pub mean_values: DevMut<'a, E>,
     /// `ln 16`, or -inf for a page of sinks, `[pages]`.
     pub log_count: DevMut<'a, f32>,
-    /// One-bit key sketches; not for head_dim 96.
+    /// Sketches of keys and values; not for head_dim 96.
     pub sketch: Option<PageSketch<'a>>,
 }
 
-/// One-bit sketches of all tokens' keys; device, written.
+/// Sketches of all tokens, as `floe_index::sketch` encodes and lays them out; device, written.
 #[derive(Debug)]
 pub struct PageSketch<'a> {
-    /// Signs of the rotated residuals, [pages, head_dim / 32, 16], as `floe_index::sketch` lays them out.
-    pub lines: DevMut<'a, u32>,
-    /// Mean magnitudes [pages, 16].
-    pub scales: DevMut<'a, f16>,
+    /// Bits of a key's and of a value's code: 1 or 2, and 0 to 2.
+    pub bits: [usize; 2],
+    /// Key codes [pages, bits, head_dim / 32, 16].
+    pub key_lines: DevMut<'a, u32>,
+    /// Key scales [pages, 16].
+    pub key_scales: DevMut<'a, f16>,
+    /// Value codes [pages, bits, head_dim / 32, 16].
+    pub value_lines: DevMut<'a, u32>,
+    /// Value scales [pages, 16]; empty without value bits.
+    pub value_scales: DevMut<'a, f16>,
     /// Tokens that count, `[pages]`: all, or none of a page of sinks.
     pub masks: DevMut<'a, u16>,
     /// Signs of the rotation `[head_dim]`, with its factor `1 / sqrt(head_dim)`.
@@ -96,17 +103,31 @@ pub fn build_pages<E: DeviceElem>(
     kv.check("kv", kv.len() / shape.row_len() * shape.row_len())?;
     pages.mean_keys.check("mean_keys", num_pages * shape.head_dim)?;
     pages.mean_values.check("mean_values", num_pages * shape.head_dim)?;
-    let (mut lines, mut scales, mut masks, mut signs) = (0, 0, 0, 0);
+    let (mut codes, mut bits, mut masks, mut signs) = ([0; 4], [0; 2], 0, 0);
     if let Some(sketch) = &pages.sketch {
         if shape.head_dim == 96 {
             let expected = "64, 128 or 256 where keys are sketched";
             return Err(DeviceError::Unsupported { field: "head_dim", value: 96, expected });
         }
-        sketch.lines.check("lines", num_pages * shape.head_dim / 2)?;
-        sketch.scales.check("scales", num_pages * 16)?;
+        if !matches!(sketch.bits, [1 | 2, 0..=2]) {
+            let value = 10 * sketch.bits[0] + sketch.bits[1];
+            let expected = "1 or 2 of keys, 0 to 2 of values";
+            return Err(DeviceError::Unsupported { field: "bits", value, expected });
+        }
+        let per_bit = num_pages * shape.head_dim / 2;
+        sketch.key_lines.check("key_lines", sketch.bits[0] * per_bit)?;
+        sketch.key_scales.check("key_scales", num_pages * 16)?;
+        sketch.value_lines.check("value_lines", sketch.bits[1] * per_bit)?;
+        sketch.value_scales.check("value_scales", if sketch.bits[1] > 0 { num_pages * 16 } else { 0 })?;
         sketch.masks.check("masks", num_pages)?;
         sketch.signs.check("signs", shape.head_dim)?;
-        (lines, scales) = (sketch.lines.address(), sketch.scales.address());
+        codes = [
+            sketch.key_lines.address(),
+            sketch.key_scales.address(),
+            sketch.value_lines.address(),
+            sketch.value_scales.address(),
+        ];
+        bits = sketch.bits.map(|bits| bits as u32);
         (masks, signs) = (sketch.masks.address(), sketch.signs.address());
     }
     let mut params = PagesParams {
@@ -118,8 +139,7 @@ pub fn build_pages<E: DeviceElem>(
         mean_keys: pages.mean_keys.address(),
         mean_values: pages.mean_values.address(),
         log_count: pages.log_count.address(),
-        lines,
-        scales,
+        codes,
         masks,
         signs,
         dtype: 0,
@@ -128,6 +148,8 @@ pub fn build_pages<E: DeviceElem>(
         first_page: 0,
         in_step: 1,
         num_pages: word("pages", num_pages)?,
+        key_bits: bits[0],
+        value_bits: bits[1],
     };
     let blocks = match source {
         PageSource::Step => (1, word("items", tables.items())?),
