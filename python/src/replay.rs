@@ -34,7 +34,7 @@ pub fn replay<'py>(
     threads: usize,
 ) -> PyResult<Bound<'py, PyDict>> {
     let policies = policies.iter().map(|spec| spec.parse::<Policy>().or_py_err()).collect::<PyResult<_>>()?;
-    let plan = ReplayPlan { policies, budgets, segments, max_queries, seed, threads };
+    let plan = ReplayPlan { policies, budgets, segments, max_queries, seed, threads, backend: floe::Backend::Cpu };
     let traces: Vec<Arc<Trace>> = traces.iter().map(|trace| trace.trace.clone()).collect();
     let replays = py
         .detach(|| {

@@ -12,10 +12,11 @@ use floe_cuda::ops::cache::{
 use super::chain::{Chain, ChainShape, Shared, StepIo};
 use super::cost::{CostModel, Load};
 use super::host::HostPool;
+use super::host_io::HostIo;
 use super::layer::LayerMemory;
-use super::options::{GpuOptions, Plan, Prefer};
+use super::options::{GpuOptions, Plan, Prefer, Submit};
 use super::places::{Places, chunks_of};
-use super::report::{GpuMemory, GpuReport};
+use super::report::{GpuMemory, GpuReport, LastStep};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId};
@@ -74,6 +75,7 @@ pub struct GpuEngine<E: DeviceElem> {
     next_seq: u64,
     cost: CostModel,
     last: Option<ChainShape>,
+    pub(super) host_io: HostIo,
     steps: u64,
     exact_steps: u64,
     replayed_steps: u64,
@@ -107,6 +109,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             next_seq: 0,
             cost: CostModel::new(&plan),
             last: None,
+            host_io: HostIo::default(),
             steps: 0,
             exact_steps: 0,
             replayed_steps: 0,
@@ -147,6 +150,15 @@ impl<E: DeviceElem> GpuEngine<E> {
         self.sequences.write_at(index, &[place])?;
         self.forget_slots(&place)?;
         Ok(seq)
+    }
+
+    /// Page-locks host memory for so many more tokens in every layer now, so that no step has to: a block takes the driver
+    /// milliseconds.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] beyond `options.host_bytes`; what the driver reports.
+    pub fn reserve_host(&mut self, tokens: usize) -> Result<()> {
+        self.host.reserve(self.config.num_layers * chunks_of(tokens))
     }
 
     /// Appends keys and values `[tokens, num_kv_heads, head_dim]` of a prompt to one layer. Pieces of any size give the same
@@ -360,28 +372,40 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
     }
 
-    /// Positions that the last step retrieved, by entry and kv head, ascending; none where it was exact. Waits; for tests and
-    /// profiles.
+    /// What the last step did, by entry and kv head. Waits; for tests, replays and profiles.
     ///
     /// # Errors
-    /// What the driver reports.
-    pub fn retrieved(&self, sequences: &[SeqId], stream: &Stream) -> Result<Vec<Vec<u32>>> {
+    /// Unknown sequence; what the driver reports.
+    pub fn last_step(&self, sequences: &[SeqId], stream: &Stream) -> Result<Vec<LastStep>> {
         let Some(chain) = self.last.and_then(|shape| self.chains.get(&shape)) else { return Ok(Vec::new()) };
-        let found = chain.found(stream)?;
-        let heads = self.plan.shape.heads;
-        let mut all = Vec::new();
-        for (item, units) in found.iter().enumerate().take(sequences.len() * heads) {
-            let place = self.places.get(sequences[item / heads])?.place;
-            let first = (place.pages + (item % heads) as u32 * place.pages_each) * 16;
-            let mut tokens: Vec<u32> = if self.plan.by_token() {
-                units.iter().map(|unit| unit - first).collect()
-            } else {
-                units.iter().flat_map(|page| (0..16).map(move |i| page * 16 + i - first)).collect()
+        let shape = self.plan.shape;
+        let exact = self.last.is_some_and(|last| last.exact);
+        let read = chain.read(stream)?;
+        let mut all = Vec::with_capacity(sequences.len() * shape.heads);
+        for item in 0..sequences.len() * shape.heads {
+            let open = self.places.get(sequences[item / shape.heads])?;
+            let place = open.place;
+            let first = (place.pages + (item % shape.heads) as u32 * place.pages_each) * 16;
+            let mut retrieved: Vec<u32> = match read.found.get(item) {
+                Some(units) if self.plan.by_token() => units.iter().map(|unit| unit - first).collect(),
+                Some(units) => {
+                    units.iter().flat_map(|page| (0..16).map(move |i| page * 16 + i - first)).collect()
+                }
+                None => Vec::new(),
             };
-            tokens.sort_unstable();
-            all.push(tokens);
+            retrieved.sort_unstable();
+            let exact_lse = read.lse[item * shape.group..(item + 1) * shape.group].to_vec();
+            all.push(LastStep { exact, retrieved, exact_lse });
         }
         Ok(all)
+    }
+
+    /// Bytes of a page's summaries, codes and scales on the device: what a step reads of each published page.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        let (dim, [key, value]) = (self.plan.shape.head_dim, self.plan.bits);
+        let codes = |bits: usize| if bits > 0 { 2 * bits * dim + 32 } else { 0 };
+        2 * dim * size_of::<E>() + 4 + codes(key) + codes(value)
     }
 
     fn check_layer(&self, layer: LayerId) -> Result<()> {
@@ -508,6 +532,9 @@ impl<E: DeviceElem> GpuEngine<E> {
         let (plan, shared) = (&self.plan, &mut self.shared);
         let tables = (self.batch.view(), self.sequences.view());
         match self.graphs.get(&key) {
+            _ if self.options.submit == Submit::Launches => {
+                Ok(chain.queue(stream, (plan, shared), tables, memory, io)?)
+            }
             None => {
                 chain.queue(stream, (plan, shared), tables, memory, io)?;
                 let room = GRAPHS_PER_LAYER * self.config.num_layers;
