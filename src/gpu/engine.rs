@@ -531,10 +531,13 @@ impl<E: DeviceElem> GpuEngine<E> {
         let memory = &mut self.layers[layer];
         let (plan, shared) = (&self.plan, &mut self.shared);
         let tables = (self.batch.view(), self.sequences.view());
+        let launched = match self.options.submit {
+            Submit::Auto => shape.exact,
+            Submit::Recorded => false,
+            Submit::Launches => true,
+        };
         match self.graphs.get(&key) {
-            _ if self.options.submit == Submit::Launches => {
-                Ok(chain.queue(stream, (plan, shared), tables, memory, io)?)
-            }
+            _ if launched => Ok(chain.queue(stream, (plan, shared), tables, memory, io)?),
             None => {
                 chain.queue(stream, (plan, shared), tables, memory, io)?;
                 let room = GRAPHS_PER_LAYER * self.config.num_layers;

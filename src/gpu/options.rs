@@ -31,10 +31,13 @@ pub enum TailPlace {
 /// How a step reaches the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Submit {
-    /// Recorded once, replayed from then on.
+    /// Sparse steps are recorded once and replayed from then on. Exact ones are three kernels, which the driver queues faster one
+    /// by one: 21.9 us against 23.7 at 4K tokens on an H100, where a sparse step at 128K takes 76 us replayed and 89 launched.
     #[default]
+    Auto,
+    /// Every step is recorded.
     Recorded,
-    /// Kernel by kernel.
+    /// None is.
     Launches,
 }
 

@@ -58,9 +58,9 @@ pub struct Args {
     /// Make the tail behind the fetch, joined by the attention, instead of on a stream of its own.
     #[arg(long)]
     joined_tail: bool,
-    /// Launch kernel by kernel instead of replaying recorded steps.
-    #[arg(long)]
-    launches: bool,
+    /// How steps are submitted: auto, recorded, launches.
+    #[arg(long, default_value = "auto", value_parser = submit)]
+    submit: Submit,
     /// Times of PyTorch's attention, as `bench/compare/sdpa.py --csv` writes them in the same run.
     #[arg(long)]
     sdpa: Option<PathBuf>,
@@ -70,6 +70,15 @@ pub struct Args {
     /// Also write a plot.
     #[arg(long)]
     svg: Option<PathBuf>,
+}
+
+fn submit(name: &str) -> Result<Submit, String> {
+    match name {
+        "auto" => Ok(Submit::Auto),
+        "recorded" => Ok(Submit::Recorded),
+        "launches" => Ok(Submit::Launches),
+        _ => Err("must be auto, recorded or launches".to_owned()),
+    }
 }
 
 /// One line of the table.
@@ -142,7 +151,7 @@ fn measure(
         tokens: args.tokens,
         rows: args.rows,
         tail: if args.joined_tail { TailPlace::Joined } else { TailPlace::Beside },
-        submit: if args.launches { Submit::Launches } else { Submit::Recorded },
+        submit: args.submit,
     };
     let torch = sdpa.iter().find(|s| s.batch == batch && s.context == context);
     let torch_ms = torch.map(|s| s.us * args.layers as f64 / 1e3);
