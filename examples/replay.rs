@@ -10,6 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let policies = vec!["window".parse()?, "quest".parse()?, "floe".parse()?];
     let plan = ReplayPlan {
         policies,
+        decode_from: floe::replay::DecodeFrom::default(),
         budgets: vec![128, 256],
         segments: vec![],
         max_queries: 64,

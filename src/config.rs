@@ -61,12 +61,26 @@ pub struct HotConfig {
 pub struct ColdConfig {
     /// Folder of the cold files; must exist. They are removed when the engine is dropped.
     pub folder: PathBuf,
+    /// Which slabs give way first, by what steps used.
+    pub eviction: EvictionKind,
+    /// Slabs that a step may ask to be read ahead: those on disk that the next layer's last step used. 0 = none.
+    pub read_ahead: usize,
+}
+
+impl ColdConfig {
+    /// Files in `folder`, longest unused slabs first, four slabs read ahead a step.
+    #[must_use]
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self { folder: folder.into(), eviction: EvictionKind::Lru, read_ahead: 4 }
+    }
 }
 
 /// Configuration of an [`crate::Engine`]. [`Config::new`] gives the defaults; every field may be changed before
 /// `Engine::open`, which validates all of them.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Name of the model; a saved sequence says it, and one of another name is not restored. Empty = unnamed, any fits.
+    pub model: String,
     /// Attention layers of the model.
     pub num_layers: usize,
     /// Heads of every layer.
@@ -93,8 +107,8 @@ pub struct Config {
     /// Tokens that each layer attends at most, the query's own included: models with sliding-window layers. Such a layer
     /// is attended exactly over its span, whatever the policy. Empty = no layer is limited, else `[num_layers]`.
     pub spans: Vec<Option<usize>>,
-    /// Own worker threads; 0 = the rayon pool that the caller is in, else rayon's global one (one thread per core, or as
-    /// many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
+    /// Own worker threads; 0 = the rayon pool that the caller is in, else one that all engines of the process share (a
+    /// thread per core, or as many as `RAYON_NUM_THREADS` says). A host engine that is itself inside a pool so saves a change of threads a call.
     pub threads: usize,
     /// Seed of everything random: projections, rotations, sampling.
     pub seed: u64,
@@ -105,6 +119,7 @@ impl Config {
     #[must_use]
     pub fn new(num_layers: usize, heads: HeadShape, kv_dtype: KvDtype) -> Self {
         Self {
+            model: String::new(),
             num_layers,
             heads,
             kv_dtype,
@@ -127,6 +142,7 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] naming the first field that is out of range.
     pub fn validate(&self) -> Result<()> {
+        self.policy.reuse().validate()?;
         if self.num_layers == 0 {
             return Err(Error::config("num_layers", self.num_layers, "must be at least 1"));
         }

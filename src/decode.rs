@@ -6,14 +6,15 @@
 
 use rayon::prelude::*;
 
-use crate::attend::{AttendScratch, AttentionBackend, HotTokens, Tokens};
+use crate::attend::{AttendScratch, AttentionBackend, HotTokens, Tokens, logits, logits_of};
 use crate::config::Config;
 use crate::error::Result;
 use crate::page::PageTable;
 use crate::plan::{HeadPath, StepFacts, choose};
-use crate::policy::PrefetchKind;
+use crate::policy::{EvictionKind, PrefetchKind};
 use crate::prefill::publish;
 use crate::query::GroupQuery;
+use crate::reuse::{Ask, Outcome, ReuseQuery, ReuseReport, SparseStep};
 use crate::select::{SelectCost, SelectRequest, SelectScratch};
 use crate::selection::Selection;
 use crate::sequence::{LayerShards, Shard};
@@ -36,20 +37,31 @@ pub(crate) struct Workspace {
     state: StateBuf,
     tail: StateBuf,
     guess: Vec<u32>,
+    /// Key and value of one token while it is weighed, `[2, head_dim]`.
+    row: Vec<f32>,
+    reuse: ReuseSpace,
 }
 
-/// Workspaces not in use. A stack rather than one per thread: a worker that waits inside the exact path may start on
-/// another head, which then needs a second workspace.
+/// Working memory of what a reuse cache asks for.
 #[derive(Default)]
-pub(crate) struct WorkspacePool(parking_lot::Mutex<Vec<Workspace>>);
+struct ReuseSpace {
+    attend: AttendScratch,
+    part: StateBuf,
+    logits: Vec<f32>,
+    state: StateBuf,
+}
 
-impl WorkspacePool {
-    fn take(&self) -> Workspace {
-        self.0.lock().pop().unwrap_or_default()
+/// One workspace per kv head, so that each has grown after one step, whichever threads run the heads. The locks are never
+/// waited for: an engine takes one step at a time.
+pub(crate) struct Workspaces(Vec<parking_lot::Mutex<Workspace>>);
+
+impl Workspaces {
+    pub(crate) fn new(num_kv_heads: usize) -> Self {
+        Self((0..num_kv_heads).map(|_| Default::default()).collect())
     }
 
-    fn put(&self, space: Workspace) {
-        self.0.lock().push(space);
+    fn of(&self, head: usize) -> parking_lot::MutexGuard<'_, Workspace> {
+        self.0[head].lock()
     }
 }
 
@@ -58,7 +70,7 @@ pub(crate) struct StepContext<'a> {
     pub(crate) config: &'a Config,
     pub(crate) backend: &'a dyn AttentionBackend,
     pub(crate) clock: &'a dyn Clock,
-    pub(crate) workspaces: &'a WorkspacePool,
+    pub(crate) workspaces: &'a Workspaces,
     pub(crate) layer: usize,
     pub(crate) scale: f32,
     /// Post-RoPE and, where the host gives them, pre-RoPE queries, `[1, num_q_heads, head_dim]`.
@@ -83,10 +95,8 @@ pub(crate) fn decode_layer(
         .zip(report.shards.par_iter_mut())
         .enumerate()
         .try_for_each(|(head, ((shard, out), report))| {
-            let mut space = step.workspaces.take();
-            let done = decode_shard(step, (head, shard, span), &mut space, out, report);
-            step.workspaces.put(space);
-            done
+            let mut space = step.workspaces.of(head);
+            decode_shard(step, (head, shard, span), &mut space, out, report)
         })
 }
 
@@ -113,26 +123,26 @@ fn decode_shard(
 
     watch.lap(Stage::Query);
 
-    // 2 reuse match
-    let matched = match &step.q_pre {
-        Some(q_pre) if span.is_none() => {
-            load_query(q_pre, head, group, &mut space.q_pre);
-            shard.reuse.probe(&space.q_pre, position)
-        }
-        Some(_) | None => None,
-    };
-
-    watch.lap(Stage::Reuse);
-
-    // 3 plan
-    let path = choose(&StepFacts {
+    // 2 reuse match, 3 plan; a cache that declines leaves the step to its ordinary path
+    let mut facts = StepFacts {
         num_tokens: num_tokens as usize,
         budget: config.budget,
         sliding_layer: span.is_some(),
         dense_layer: step.layer < config.dense_layers,
         exact_policy: config.policy.is_exact(),
-        reused_tokens: matched.map_or(0, |m| m.covered as usize),
-    });
+        reuse: step.q_pre.is_some() && config.policy.reuse().is_on(),
+    };
+    let mut path = choose(&facts);
+    let asked = path == HeadPath::Reuse;
+    if let (true, Some(q_pre)) = (asked, &step.q_pre) {
+        load_query(q_pre, head, group, &mut space.q_pre);
+        if reuse(step, &query, (shard, position), (&space.q_pre, &mut space.reuse))? == Outcome::Declined {
+            facts.reuse = false;
+            path = choose(&facts);
+        }
+    }
+
+    watch.lap(Stage::Reuse);
 
     // 4 select; sinks and window are attended first, because they tell how much each head has left to look for
     let selection = &mut space.selection;
@@ -147,7 +157,10 @@ fn decode_shard(
                 span.map_or(num_tokens, |span| num_tokens.min(u32::try_from(span).unwrap_or(u32::MAX)));
             selection.reset(num_tokens, 0, num_tokens - attended);
         }
-        HeadPath::Reuse => selection.reset(num_tokens, 0, matched.map_or(0, |m| m.covered)),
+        HeadPath::Reuse => {
+            selection.reset(num_tokens, 0, 0);
+            space.state.clone_from(&space.reuse.state);
+        }
         HeadPath::Sparse => {
             let cost = select_sparse(
                 step,
@@ -175,10 +188,11 @@ fn decode_shard(
     watch.lap(Stage::Fetch);
 
     // 7 attend
-    if path != HeadPath::Sparse {
+    if !matches!(path, HeadPath::Sparse | HeadPath::Reuse) {
         shard.pages.verify(selection.window.clone())?;
     }
     let tokens = match path {
+        HeadPath::Reuse => Tokens::List(&[]),
         HeadPath::Sparse => match hot.as_ref().map(|hot| hot.view()) {
             Some((table, memory)) => Tokens::Hot(HotTokens { tokens: &selection.retrieved, table, memory }),
             None => Tokens::List(&selection.retrieved),
@@ -187,6 +201,10 @@ fn decode_shard(
     };
     step.backend.attend(&query, &shard.pages, tokens, &mut space.attend, &mut space.state)?;
     report.exact_lse.clone_from(&space.state.lse);
+    report.reuse = if asked { shard.reuse.report() } else { ReuseReport::default() };
+    if report.reuse.heads_reused > 0 {
+        report.exact_lse.copy_from_slice(shard.reuse.fresh_lse());
+    }
     report.fetched = match hot {
         Some(hot) => hot.finish(&query, &selection.retrieved, (&shard.pages, &space.state.lse))?,
         None => Fetched::default(),
@@ -196,31 +214,101 @@ fn decode_shard(
 
     // 8 merge
     let mut tail_bytes = 0;
-    match (path, matched) {
-        (HeadPath::Sparse, _) => {
-            space.tail.reset(group, head_dim);
-            let tail = space.tail.as_mut();
-            tail_bytes = shard.selector.tail(&query, selection, &mut space.select, tail)?.bytes_read;
-            space.state.merge(&space.tail)?;
-        }
-        (HeadPath::Reuse, Some(matched)) => space.state.merge(matched.state)?,
-        _ => {}
+    if path == HeadPath::Sparse {
+        space.tail.reset(group, head_dim);
+        let tail = space.tail.as_mut();
+        tail_bytes = shard.selector.tail(&query, selection, &mut space.select, tail)?.bytes_read;
+        space.state.merge(&space.tail)?;
     }
 
     watch.lap(Stage::Tail);
 
     // 9 output, commit
     out.copy_from_slice(&space.state.out);
-    if step.q_pre.is_some() && !matches!(path, HeadPath::Reuse | HeadPath::ExactSpan) {
-        shard.reuse.commit(&space.q_pre, position, &space.state);
+    if asked && path == HeadPath::Sparse {
+        let sparse = SparseStep { selection, state: &space.state, tail: &space.tail };
+        if shard.reuse.settle(&sparse)? {
+            answer_asks(step, &query, shard, &mut space.reuse)?;
+            shard.reuse.finish(&mut space.reuse.state)?;
+        }
+        report.reuse = shard.reuse.report();
     }
-    if config.cold.is_some() {
-        shard.touch(&space.table, position);
+    if let Some(cold) = &config.cold {
+        let (row, lse) = (&mut space.row, &report.exact_lse);
+        row.resize(2 * head_dim, 0.0);
+        let (key, value) = row.split_at_mut(head_dim);
+        shard.touch(&space.table, |pages, token| match cold.eviction {
+            EvictionKind::Mass => {
+                pages.widen_row(token, key, value);
+                query.mass(key, lse)
+            }
+            _ => 0.0,
+        });
     }
     report.fill(path, selection, &space.table, PageShape::new(head_dim, config.kv_dtype));
     watch.lap(Stage::Commit);
     report.stages = watch.times();
-    report.index_bytes_read = select_bytes + tail_bytes;
+    report.index_bytes_read = select_bytes + tail_bytes + report.reuse.bytes_read;
+    if report.reuse.active {
+        // What the cache read goes on top of a sparse step, and in place of everything else.
+        let own = if path == HeadPath::Sparse { report.tokens_attended } else { 0 };
+        report.tokens_attended = own + report.reuse.tokens_read;
+        report.kv_bytes_read = report.tokens_attended * PageShape::new(head_dim, config.kv_dtype).row_bytes();
+    }
+    Ok(())
+}
+
+/// Offers the step to the shard's reuse cache.
+fn reuse(
+    step: &StepContext<'_>,
+    query: &GroupQuery<'_>,
+    (shard, position): (&mut Shard, u32),
+    (q_pre, space): (&[f32], &mut ReuseSpace),
+) -> Result<Outcome> {
+    if !shard.reuse.begin(&ReuseQuery { q_pre, position }) {
+        return Ok(Outcome::Declined);
+    }
+    answer_asks(step, query, shard, space)?;
+    shard.reuse.finish(&mut space.state)
+}
+
+/// Attends and scores what the reuse cache asks for until it has enough.
+fn answer_asks(
+    step: &StepContext<'_>,
+    query: &GroupQuery<'_>,
+    shard: &mut Shard,
+    space: &mut ReuseSpace,
+) -> Result<()> {
+    let head_dim = step.config.heads.head_dim();
+    let ReuseSpace { attend, part, logits: scores, .. } = space;
+    let Shard { pages, reuse, .. } = shard;
+    while let Some(ask) = reuse.ask() {
+        let tokens = match ask {
+            Ask::Logits(tokens) => {
+                pages.verify(tokens.clone())?;
+                logits(query, pages, tokens, attend, scores)?;
+                reuse.answer_logits(scores);
+                continue;
+            }
+            Ask::LogitsOf(tokens) => {
+                pages.verify_tokens(tokens)?;
+                logits_of(query, pages, tokens, attend, scores)?;
+                reuse.answer_logits(scores);
+                continue;
+            }
+            Ask::Range(tokens) => {
+                pages.verify(tokens.clone())?;
+                Tokens::Range(tokens)
+            }
+            Ask::List(tokens) => {
+                pages.verify_tokens(tokens)?;
+                Tokens::List(tokens)
+            }
+        };
+        part.reset(query.group, head_dim);
+        step.backend.attend(query, pages, tokens, attend, part)?;
+        reuse.answer(part)?;
+    }
     Ok(())
 }
 
@@ -261,16 +349,15 @@ pub(crate) fn prefetch_layer(step: &StepContext<'_>, layer: &mut LayerShards) ->
         if kind != PrefetchKind::Predicted {
             return shard.hot.as_mut().map_or(Ok(()), |hot| hot.prefetch(None, &shard.pages));
         }
-        let mut space = step.workspaces.take();
+        let mut space = step.workspaces.of(head);
         let mut guess = std::mem::take(&mut space.guess);
         guess.clear();
-        let guessed = guess_shard(step, (head, shard), &mut guess);
+        let guessed = guess_with(step, (head, shard), &mut space, &mut guess);
         let fetched = guessed.and_then(|()| match &mut shard.hot {
             Some(hot) => hot.prefetch(Some(&guess), &shard.pages),
             None => Ok(()),
         });
         space.guess = guess;
-        step.workspaces.put(space);
         fetched
     })
 }
@@ -281,15 +368,22 @@ pub(crate) fn guess_shard(
     (head, shard): (usize, &Shard),
     found: &mut Vec<u32>,
 ) -> Result<()> {
+    guess_with(step, (head, shard), &mut step.workspaces.of(head), found)
+}
+
+fn guess_with(
+    step: &StepContext<'_>,
+    (head, shard): (usize, &Shard),
+    space: &mut Workspace,
+    found: &mut Vec<u32>,
+) -> Result<()> {
     let heads = step.config.heads;
-    let mut space = step.workspaces.take();
     load_query(&step.q, head, heads.group(), &mut space.q);
     let query = GroupQuery { q: &space.q, group: heads.group(), scale: step.scale };
     space.state.reset(heads.group(), heads.head_dim());
     let scratch = (&mut space.attend, &mut space.select);
     let cost = select_sparse(step, &query, shard, (&mut space.selection, &mut space.state), scratch);
     found.extend_from_slice(&space.selection.retrieved);
-    step.workspaces.put(space);
     cost.map(|_| ())
 }
 

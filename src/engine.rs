@@ -1,11 +1,14 @@
 //! The engine: owns every sequence and resource, and is the whole contract to host engines.
 
+mod crew;
 mod persist;
 mod prefill_attend;
+mod slab_book;
 mod spill;
 
 use std::collections::HashMap;
 
+use crew::{Crew, on_threads};
 use spill::Patience;
 
 pub use persist::{SEQUENCE_KIND, SavedSequence};
@@ -13,14 +16,14 @@ pub use prefill_attend::PrefillStep;
 
 use crate::attend::{AttentionBackend, CpuBackend};
 use crate::config::Config;
-use crate::decode::{StepContext, WorkspacePool, decode_layer, guess_shard, prefetch_layer};
+use crate::decode::{StepContext, Workspaces, decode_layer, guess_shard, prefetch_layer};
 use crate::error::{Error, Result};
 use crate::hot::HotShard;
 use crate::ids::{LayerId, SeqId, TokenPos};
-use crate::page::cold::ColdTier;
 use crate::page::{ShardPages, WarmMemory};
 use crate::policy::PrefetchKind;
 use crate::prefill;
+use crate::reuse::ReuseSummary;
 use crate::select::Policy;
 use crate::sequence::Sequence;
 use crate::sim::{Clock, SystemClock};
@@ -81,12 +84,12 @@ pub struct Engine {
     sequences: HashMap<SeqId, Sequence>,
     next_seq: u64,
     /// Own threads; `None` = those of the caller.
-    pool: Option<rayon::ThreadPool>,
-    workspaces: WorkspacePool,
+    crew: Option<Crew>,
+    workspaces: Workspaces,
     backend: Box<dyn AttentionBackend>,
     memory: WarmMemory,
     clock: Box<dyn Clock>,
-    cold: Option<ColdTier<spill::SlabKey>>,
+    cold: Option<spill::Cold>,
 }
 
 impl Engine {
@@ -96,15 +99,9 @@ impl Engine {
     /// [`Error::Config`] naming the field; [`Error::Pool`] when the threads cannot be started.
     pub fn open(config: Config) -> Result<Self> {
         config.validate()?;
-        let own_threads = || {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(config.threads)
-                .thread_name(|i| format!("floe-{i}"))
-                .build()
-                .map_err(|e| Error::Pool { threads: config.threads, reason: e.to_string() })
-        };
-        let pool = if config.threads == 0 { None } else { Some(own_threads()?) };
+        let crew = if config.threads == 0 { None } else { Some(Crew::start(config.threads)?) };
         let cold = spill::open(&config)?;
+        let workspaces = Workspaces::new(config.heads.num_kv_heads());
         let backend: Box<dyn AttentionBackend> = Box::new(CpuBackend::detect());
         let memory = spill::warm_memory(&config, &*backend);
         Ok(Self {
@@ -112,8 +109,8 @@ impl Engine {
             cold,
             sequences: HashMap::new(),
             next_seq: 0,
-            pool,
-            workspaces: WorkspacePool::default(),
+            crew,
+            workspaces,
             memory,
             backend,
             clock: Box::new(SystemClock::start()),
@@ -158,8 +155,8 @@ impl Engine {
         let shards =
             sequence.layers.get_mut(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
         check_room(shards.num_tokens, shape[0])?;
-        on_threads(self.pool.as_ref(), || prefill::append(shards, k, v))?;
-        self.spill(Patience::Prefill);
+        on_threads(self.crew.as_ref(), || prefill::append(shards, k, v))?;
+        self.spill((seq, layer.0), Patience::Prefill);
         Ok(())
     }
 
@@ -217,7 +214,7 @@ impl Engine {
         };
         let stored = layer.num_tokens;
         let layers = &mut sequence.layers;
-        on_threads(self.pool.as_ref(), || {
+        on_threads(self.crew.as_ref(), || {
             let layer = &mut layers[step.layer.0];
             prefill::append(layer, &step.k_new, &step.v_new)
                 .and_then(|()| decode_layer(&context, layer, out, report))
@@ -229,7 +226,7 @@ impl Engine {
             };
             prefetch_layer(&context, &mut layers[target])
         })?;
-        self.spill(Patience::Step);
+        self.spill((seq, step.layer.0), Patience::Step);
         Ok(())
     }
 
@@ -240,7 +237,7 @@ impl Engine {
     pub fn publish(&mut self, seq: SeqId) -> Result<()> {
         use rayon::prelude::*;
         let sequence = self.sequences.get_mut(&seq).ok_or(Error::UnknownSequence(seq))?;
-        on_threads(self.pool.as_ref(), || {
+        on_threads(self.crew.as_ref(), || {
             sequence
                 .layers
                 .par_iter_mut()
@@ -363,6 +360,17 @@ impl Engine {
             .ok_or(Error::UnknownLayer { got: layer.0, num_layers })
     }
 
+    /// What the reuse caches of one layer hold and have learnt, in order of kv heads.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer.
+    pub fn reuse_summary(&self, seq: SeqId, layer: LayerId) -> Result<Vec<ReuseSummary>> {
+        let sequence = self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))?;
+        let num_layers = sequence.layers.len();
+        let layer = sequence.layers.get(layer.0).ok_or(Error::UnknownLayer { got: layer.0, num_layers })?;
+        Ok(layer.shards.iter().map(|shard| shard.reuse.summary()).collect())
+    }
+
     /// Host bytes of a sequence: exact keys and values, and what the policy keeps beside them.
     ///
     /// # Errors
@@ -396,14 +404,6 @@ pub struct SequenceMemory {
     pub hot_bytes: usize,
     /// Pins of the hot tier that were not handed back; between steps anything but 0 is a leak.
     pub hot_pins_out: usize,
-}
-
-/// Runs `work` on the engine's own threads, or on those that the caller is on.
-fn on_threads<R: Send>(pool: Option<&rayon::ThreadPool>, work: impl FnOnce() -> R + Send) -> R {
-    match pool {
-        Some(pool) => pool.install(work),
-        None => work(),
-    }
 }
 
 fn check_rows(

@@ -106,13 +106,9 @@ impl HotShard {
             let mut mass = 0.0;
             for token in &tokens[span[0] as usize..span[1] as usize] {
                 pages.widen_row(*token, key, value);
-                let share = |(q, lse): (&[f32], &f32)| {
-                    let logit = q.iter().zip(&*key).map(|(q, k)| q * k).sum::<f32>() * query.scale;
-                    (logit - lse).exp()
-                };
-                mass += query.q.chunks_exact(dim).zip(lse).map(share).sum::<f32>();
+                mass += query.mass(key, lse);
             }
-            self.mass.push(mass / query.group as f32);
+            self.mass.push(mass);
         }
     }
 

@@ -13,8 +13,8 @@ pub struct StepFacts {
     pub dense_layer: bool,
     /// Whether the policy itself is exact attention.
     pub exact_policy: bool,
-    /// Tokens at the front of the context that a reuse match answers for; 0 = no match.
-    pub reused_tokens: usize,
+    /// Whether an earlier state may answer for a part of the context.
+    pub reuse: bool,
 }
 
 /// The path, with its reason; recorded in the step's report.
@@ -31,23 +31,24 @@ pub enum HeadPath {
     ExactSpan,
     /// Sinks, window and retrieved tokens exactly; the policy's tail for the rest.
     Sparse,
-    /// An earlier state for the front of the context, the rest exactly.
+    /// As the reuse cache decides: an earlier state for a part of the context and the rest exactly, or all of it exactly. A
+    /// sparse step that it declines ends as [`Self::Sparse`].
     Reuse,
 }
 
 /// Chooses the path. Exactness wins over sparsity, sparsity over nothing: a budget of at least the context is exact
-/// (invariant 2), and reuse is taken only where the step would otherwise be sparse.
+/// (invariant 2), and reuse is asked only where it could spare something.
 #[must_use]
 pub const fn choose(facts: &StepFacts) -> HeadPath {
     if facts.sliding_layer {
         HeadPath::ExactSpan
-    } else if facts.exact_policy {
+    } else if facts.exact_policy && !facts.reuse {
         HeadPath::Exact
     } else if facts.dense_layer {
         HeadPath::ExactDenseLayer
-    } else if facts.num_tokens <= facts.budget {
+    } else if !facts.exact_policy && facts.num_tokens <= facts.budget {
         HeadPath::ExactWithinBudget
-    } else if facts.reused_tokens > 0 {
+    } else if facts.reuse {
         HeadPath::Reuse
     } else {
         HeadPath::Sparse
@@ -66,20 +67,18 @@ mod tests {
             sliding_layer: false,
             dense_layer: false,
             exact_policy: false,
-            reused_tokens: 0,
+            reuse: false,
         };
         assert_eq!(choose(&facts), HeadPath::Sparse);
         assert_eq!(choose(&StepFacts { budget: 1000, ..facts }), HeadPath::ExactWithinBudget);
         assert_eq!(choose(&StepFacts { dense_layer: true, ..facts }), HeadPath::ExactDenseLayer);
         assert_eq!(choose(&StepFacts { exact_policy: true, ..facts }), HeadPath::Exact);
-        assert_eq!(choose(&StepFacts { reused_tokens: 900, ..facts }), HeadPath::Reuse);
+        assert_eq!(choose(&StepFacts { exact_policy: true, reuse: true, ..facts }), HeadPath::Reuse);
+        assert_eq!(choose(&StepFacts { reuse: true, ..facts }), HeadPath::Reuse);
         assert_eq!(
             choose(&StepFacts { sliding_layer: true, exact_policy: true, ..facts }),
             HeadPath::ExactSpan
         );
-        assert_eq!(
-            choose(&StepFacts { reused_tokens: 900, budget: 1000, ..facts }),
-            HeadPath::ExactWithinBudget
-        );
+        assert_eq!(choose(&StepFacts { reuse: true, budget: 1000, ..facts }), HeadPath::ExactWithinBudget);
     }
 }

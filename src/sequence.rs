@@ -5,10 +5,21 @@ use std::sync::Arc;
 use crate::config::Config;
 use crate::error::Result;
 use crate::hot::HotShard;
-use crate::page::{PageTable, ShardPages, WarmMemory};
-use crate::reuse::{Off, ReuseCache};
+use crate::ids::TokenPos;
+use crate::page::{PageLife, PageTable, ShardPages, WarmMemory};
+use crate::reuse::{ReuseCache, cache};
 use crate::select::{Selector, selector};
-use crate::shape::PageShape;
+use crate::shape::{PAGE_TOKENS, PageShape};
+
+/// What the cold tier knows of a full slab.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlabNote {
+    /// Its place in the book of slabs that may give way; `None` while it is on disk only.
+    pub(crate) slot: Option<u32>,
+    pub(crate) life: PageLife,
+    /// It is being read ahead.
+    pub(crate) reading: bool,
+}
 
 /// One (sequence, layer, kv head).
 pub(crate) struct Shard {
@@ -16,27 +27,33 @@ pub(crate) struct Shard {
     /// Shared with forks until it changes.
     pub(crate) selector: Arc<dyn Selector>,
     pub(crate) reuse: Box<dyn ReuseCache>,
+    /// Place among the shards of the model, layers outermost.
+    place: usize,
     /// Slots, when the configuration asks for them.
     pub(crate) hot: Option<HotShard>,
     /// Tokens `0..published` are known to the selector; the rest are young and always attended.
     pub(crate) published: usize,
-    /// Position of the last step that touched each slab.
-    pub(crate) slab_used: Vec<u64>,
+    /// What the cold tier knows of each full slab.
+    pub(crate) slabs: Vec<SlabNote>,
+    /// Slabs that the last step read, ascending, with the attention mass on each where somebody weighs it.
+    pub(crate) touched: Vec<(u32, f32)>,
     /// Tokens that a selector to be built anew learns at once, as the one before it had; 0 = all there are.
     pub(crate) first_batch: usize,
 }
 
 impl Shard {
-    fn new(config: &Config, memory: &WarmMemory) -> Result<Self> {
+    fn new(config: &Config, memory: &WarmMemory, place: usize) -> Result<Self> {
         let shape = PageShape::new(config.heads.head_dim(), config.kv_dtype);
         Ok(Self {
             pages: ShardPages::with_memory(shape, memory),
             selector: selector(config)?.into(),
-            reuse: Box::new(Off),
+            reuse: cache(config, place),
+            place,
             hot: HotShard::new(config),
             published: 0,
             first_batch: 0,
-            slab_used: Vec::new(),
+            slabs: Vec::new(),
+            touched: Vec::new(),
         })
     }
 
@@ -48,31 +65,40 @@ impl Shard {
         Ok(Arc::get_mut(&mut self.selector).expect("a copy just made, or found to have one owner"))
     }
 
-    /// Notes which slabs a step touched, for the choice of what goes to disk.
-    pub(crate) fn touch(&mut self, table: &PageTable, position: u32) {
-        self.slab_used.resize(self.pages.num_slabs(), 0);
+    /// Notes which slabs a step touched, for the choice of what goes to disk and what comes back; `weigh` gives the mass of a
+    /// token.
+    pub(crate) fn touch(&mut self, table: &PageTable, mut weigh: impl FnMut(&ShardPages, TokenPos) -> f32) {
+        self.touched.clear();
         for entry in table.entries() {
-            self.slab_used[ShardPages::slab_of_page(entry.page)] = u64::from(position);
+            let slab = ShardPages::slab_of_page(entry.page) as u32;
+            let rows = (0..PAGE_TOKENS as u32).filter(|row| entry.rows >> row & 1 == 1);
+            let mass: f32 = rows.map(|row| weigh(&self.pages, entry.page * PAGE_TOKENS as u32 + row)).sum();
+            match self.touched.last_mut() {
+                Some((last, sum)) if *last == slab => *sum += mass,
+                _ => self.touched.push((slab, mass)),
+            }
         }
     }
 
-    /// A shard with the same contents. Earlier states and slots are not taken along: they are caches.
+    /// A shard with the same contents. Slots are not taken along: they are a cache.
     fn fork(&self, config: &Config) -> Self {
         Self {
             pages: self.pages.clone(),
             selector: self.selector.clone(),
-            reuse: Box::new(Off),
+            reuse: self.reuse.fork(),
+            place: self.place,
             hot: HotShard::new(config),
             published: self.published,
             first_batch: self.first_batch,
-            slab_used: self.slab_used.clone(),
+            slabs: Vec::new(),
+            touched: Vec::new(),
         }
     }
 
     /// Replaces the selector by a fresh one for `config`, which has heard of no token yet.
     pub(crate) fn reselect(&mut self, config: &Config) -> Result<()> {
         self.selector = selector(config)?.into();
-        self.reuse.truncate(0);
+        self.reuse = cache(config, self.place);
         self.published = 0;
         self.first_batch = 0;
         Ok(())
@@ -88,6 +114,8 @@ impl Shard {
             hot.truncate(num_tokens, &self.pages)?;
         }
         self.pages.truncate(num_tokens);
+        self.slabs.truncate(self.pages.num_full_slabs());
+        self.touched.clear();
         Ok(())
     }
 }
@@ -129,7 +157,7 @@ impl Sequence {
     pub(crate) fn new(config: &Config, memory: &WarmMemory) -> Result<Self> {
         let layer = |layer: usize| -> Result<LayerShards> {
             let shards = (0..config.heads.num_kv_heads())
-                .map(|_| Shard::new(config, memory))
+                .map(|head| Shard::new(config, memory, layer * config.heads.num_kv_heads() + head))
                 .collect::<Result<_>>()?;
             Ok(LayerShards { shards, num_tokens: 0, span: config.spans.get(layer).copied().flatten() })
         };

@@ -3,6 +3,7 @@
 use crate::ids::TokenPos;
 use crate::page::PageTable;
 use crate::plan::HeadPath;
+use crate::reuse::ReuseReport;
 use crate::selection::Selection;
 use crate::shape::PageShape;
 use crate::sim::Clock;
@@ -34,6 +35,8 @@ pub struct ShardReport {
     pub fetched: Fetched,
     /// Time of each stage.
     pub stages: StageTimes,
+    /// What the reuse cache did.
+    pub reuse: ReuseReport,
     /// lse of the exactly attended tokens alone, `[group]`; `exp(exact_lse - full_lse)` is the attention mass kept.
     pub exact_lse: Vec<f32>,
 }

@@ -184,7 +184,7 @@ fn an_engine_restored_from_a_faulty_store_gives_the_right_bits_or_an_error() {
         match other.restore_from(&store, path) {
             Ok(restored) => {
                 for (position, want) in (600..604).zip(&expected) {
-                    match common_decode(&layer, &mut other, restored, position) {
+                    match common_decode(&layer, &mut other, restored, 0, position) {
                         Ok(out) => assert!(out == *want, "seed {seed}, position {position}"),
                         Err(error) => {
                             assert!(matches!(error, Error::Damage(_)), "seed {seed}: {error}");
@@ -204,16 +204,93 @@ fn an_engine_restored_from_a_faulty_store_gives_the_right_bits_or_an_error() {
     assert!(right > 100 && refused > 20, "{right} right, {refused} refused");
 }
 
+/// What is done to an engine between its steps.
+fn meddle(engine: &mut Engine, open: &mut Vec<floe::SeqId>, (op, at): (u32, usize), layers: &[Layer]) {
+    let seq = open[at % open.len()];
+    let tokens = engine.num_tokens(seq, LayerId(0)).unwrap();
+    match op {
+        0 if open.len() < 4 => open.push(engine.fork(seq).unwrap()),
+        1 if open.len() > 1 => {
+            engine.close(open.swap_remove(at % open.len())).unwrap();
+        }
+        2 => engine.truncate(seq, tokens - at % (tokens / 2)).unwrap(),
+        _ => {
+            let more = (at % 400).min(layers[0].num_tokens - tokens);
+            for (i, layer) in layers.iter().enumerate() {
+                let (k, v) = layer.rows(tokens..tokens + more);
+                engine.prefill(seq, LayerId(i), &k, &v).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cold_tier_on_a_faulty_store_changes_no_bit_through_4_000_events() {
+    let heads = HeadShape::new(2, 1, 16).unwrap();
+    let layers: Vec<Layer> = (0..2).map(|i| Layer::random(heads, 2400, 50 + i)).collect();
+    let (mut spilled, mut failed, mut back) = (0, 0, 0);
+    for seed in 0..8u64 {
+        let folder = tempfile::tempdir().unwrap();
+        let faults = Faults { write: 8, publish: 100, tear: 150, rot: 200, open: 100 };
+        let store = SimStore::new(seed, faults);
+        let policy = ["floe", "oracle", "quest", "window"][seed as usize % 4];
+        let plain = floe::Config { num_layers: 2, ..config(heads, policy, 112) };
+        let eviction = EvictionKind::ALL[seed as usize % 4];
+        let slab = 256 * 2 * 16 * 2;
+        let cold = floe::Config {
+            cold: Some(floe::ColdConfig { eviction, ..floe::ColdConfig::new(folder.path()) }),
+            warm_limit_bytes: Some(10 * slab),
+            ..plain.clone()
+        };
+        let mut engines = [
+            Engine::open(plain).unwrap(),
+            Engine::open_on(std::sync::Arc::new(store.clone()), cold).unwrap(),
+        ];
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut open = engines.each_mut().map(|engine| vec![engine.admit().unwrap()]);
+        for (i, layer) in layers.iter().enumerate() {
+            let (k, v) = layer.rows(0..700);
+            for (engine, open) in engines.iter_mut().zip(&open) {
+                engine.prefill(open[0], LayerId(i), &k, &v).unwrap();
+            }
+        }
+        for event in 0..500 {
+            let (op, at) = (rng.random_range(0..24u32), rng.random_range(0..10_000usize));
+            let seq = open[0][at % open[0].len()];
+            let position = engines[0].num_tokens(seq, LayerId(0)).unwrap();
+            if op < 4 || position == layers[0].num_tokens {
+                let op = if op < 4 { op } else { 2 };
+                engines.iter_mut().zip(&mut open).for_each(|(e, open)| meddle(e, open, (op, at), &layers));
+                continue;
+            }
+            let outs = engines.each_mut().map(|engine| {
+                let step = |i: usize| common_decode(&layers[i], engine, seq, i, position).unwrap();
+                (0..2).map(step).collect::<Vec<_>>()
+            });
+            assert!(outs[0] == outs[1], "seed {seed}, event {event}: {policy}, position {position}");
+        }
+        let report = engines[1].cold_report().unwrap();
+        assert_eq!(report.damaged, 0, "what was read back after writing is whole: {report:?}");
+        (spilled, failed, back) =
+            (spilled + report.released, failed + report.failed, back + report.brought_back);
+    }
+    assert!(
+        spilled > 100 && failed > 20 && back > 5,
+        "{spilled} released, {failed} failed, {back} brought back"
+    );
+}
+
 fn common_decode(
     layer: &Layer,
     engine: &mut Engine,
     seq: floe::SeqId,
+    number: usize,
     position: usize,
 ) -> floe::Result<Vec<f32>> {
     let (k_new, v_new) = layer.rows(position..position + 1);
     let q = floe::TensorView::contiguous(&layer.q[position * 32..][..32], [1, 2, 16])?;
     let step = floe::DecodeStep {
-        layer: LayerId(0),
+        layer: LayerId(number),
         position,
         q,
         q_pre: Some(q),

@@ -70,6 +70,7 @@ fn folder() -> Option<PathBuf> {
 fn replayed(folder: &Path, policies: &[&str]) -> Vec<ReplayRow> {
     let plan = ReplayPlan {
         policies: policies.iter().map(|p| p.parse().unwrap()).collect(),
+        decode_from: floe::replay::DecodeFrom::default(),
         budgets: BUDGETS.to_vec(),
         segments: vec!["story".into(), "answer".into()],
         max_queries: 0,

@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use floe_index::simd::{Isa, exp};
-use floe_index::sketch::{EncodeScratch, Pairs, PreparedQuery, Sketch, SketchConfig};
+use floe_index::sketch::{EncodeScratch, Pairs, PreparedQuery, Sketch, SketchConfig, Weights};
 use floe_index::{IndexError, Query};
 
 const DIM: usize = 128;
@@ -109,9 +109,9 @@ fn time_scan(sketch: &Sketch, pages: &[u32], group: usize) {
     if config.v_bits() > 0 {
         let weights: Vec<f32> = noise(pages.len() * group * 16).iter().map(|x| x.exp()).collect();
         let sums: Vec<f32> = weights.chunks_exact(16).map(|w| w.iter().sum()).collect();
-        let mut acc = vec![0.0; group * sketch.padded_dim()];
-        let seconds =
-            median(|| sketch.add_weighted(black_box(&pairs), black_box((&weights, &sums)), &mut acc));
+        let (mut acc, least) = (vec![0.0; group * sketch.padded_dim()], vec![0.0; group]);
+        let by = Weights { tokens: &weights, sums: &sums, least: &least };
+        let seconds = median(|| sketch.add_weighted(black_box(&pairs), black_box(by), &mut acc));
         let what = format!("v{} tail, group {group}", config.v_bits());
         row(&what, seconds, tokens, (tokens * (config.v_bits() * DIM / 8 + 2)) as f64);
     }

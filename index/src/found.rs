@@ -96,10 +96,10 @@ pub(crate) struct Frontier {
     pub rest: Vec<f32>,
     /// `[parts, 16]` lanes of a page that are selected or excluded.
     pub taken: Vec<u16>,
-    /// `[parts, group, 16]` exponentials of the logits less `part_shift`; 0 where a page's tokens stand for it.
+    /// `[parts, group, 16]` exponentials of the logits less `shift`; 0 where a page's tokens stand for it.
     pub exps: Vec<f32>,
-    /// `[group]`
-    pub part_shift: Vec<f32>,
+    /// `[group]` what exponentials are relative to.
+    pub shift: Vec<f32>,
     /// Pages whose tokens stand for themselves.
     pub refined: Refined,
     /// Rows that `logits` and `rest` are about, in an index of single tokens.
@@ -164,10 +164,8 @@ pub(crate) struct Refined {
     /// `[pairs, 16]` logits without the centre's share; minus infinity where the lane is not left or was selected. Behind them
     /// those of larger searches before: filling them anew would cost as much as scoring.
     logits: Vec<f32>,
-    /// `[pairs, 16]` exponentials of the logits less `shift`, likewise.
+    /// `[pairs, 16]` exponentials of the logits less the frontier's `shift`, likewise.
     weights: Vec<f32>,
-    /// `[group]`
-    pub shift: Vec<f32>,
 }
 
 impl Refined {

@@ -2,32 +2,27 @@
 
 use crate::blocks::{Blocks, LANES};
 use crate::found::{Frontier, Part, SILENT};
+use crate::pages::Pages;
 use crate::scratch::Scratch;
 use crate::search::{NODE_SPREAD, Pass, attend, ln_sum};
 use crate::simd::dense;
-use crate::simd::pairs::{self as kernels, Lift, Limits};
+use crate::simd::pairs::{self as kernels, Lift, Limits, RISE_MAX};
+use crate::simd::vectorise::add;
 
-/// A page is told apart for a head when its average token may hold more than e^-1.7 = 18 % of the mass of an average token.
-///
-/// Error at 256 tokens and pairs scored, relative to all pages told apart for all heads (traces of Qwen2.5-Coder-1.5B at 31K, -0.5B at
-/// 16K, SmolLM2-135M at 8K): at -2.7 without `REFINE_SPREAD` 1.03 / 1.08 / 1.02; with it at -2 1.02 / .99 / .92 for a few more pairs
-/// and at -1.4 1.06 / 1.01 / .97 for fewer. The error is spread over many pages, so a fixed share of each head's mass serves better
-/// than a fixed number of pages.
-const REFINE_MIN: f32 = -1.7;
-
-/// Share of the variance of a page's logits by which the mass that it may hold exceeds its own estimate: where tokens differ, the
-/// estimate is worst.
-const REFINE_SPREAD: f32 = 0.3;
+/// Share of the variance of an entry's logits by which the log mass that it may hold exceeds its own estimate: where tokens differ,
+/// the estimate is worst. Beside the 0.33 of the estimate itself, 0 to 0.6 were tried: for equal error on the 0.5B traces 0.3 needs a
+/// third fewer pairs of page and head than 0, on the 1.5B traces as many.
+pub(crate) const MASS_SPREAD: f32 = 0.3;
 
 impl Pass<'_> {
     /// Replaces pages that hold a visible share of a head's mass by their tokens, scored by their codes, and brings `norm` up to date.
-    pub(crate) fn refine(&mut self) {
+    pub(crate) fn refine(&mut self, detail: f32) {
         let Some(sketch) = self.pages.sketch.as_ref().filter(|sketch| sketch.config().k_bits() > 0) else {
             return;
         };
-        self.tell_apart();
+        self.tell_apart(detail);
         let group = self.found.frontier.group;
-        let Frontier { refined, logits: page_logits, part_shift, exps, rest, .. } = &mut self.found.frontier;
+        let Frontier { refined, logits: page_logits, shift, exps, rest, .. } = &mut self.found.frontier;
         if refined.pages.is_empty() {
             return;
         }
@@ -41,73 +36,72 @@ impl Pass<'_> {
         of_page.clear();
         let entry = |&page: &u32| self.pages.entry_of[page as usize] as usize;
         of_page.extend(refined.pages.iter().map(|page| self.pages.blocks.spread[entry(page)]));
-        let mut shift = std::mem::take(&mut refined.shift);
-        let (pairs, left, logits, weights) = refined.tokens_mut();
-        sketch.score(prepared, &pairs, logits);
         tops.clear();
         tops.resize(group * LANES, f32::NEG_INFINITY);
-        let lift = Lift {
-            pairs,
-            page_logits,
-            homes,
-            of_page,
-            by: &quant.spread,
-            left,
-            scales: sketch.key_codes().scales,
-            spread,
-        };
-        kernels::lift(self.isa, &lift, logits, tops);
-        for (shift, tops) in shift.iter_mut().zip(tops.chunks_exact(LANES)) {
-            *shift = tops.iter().fold(*shift, |most, &top| most.max(top));
-        }
-        // Mass of the parts that are left, then of the tokens.
-        sums.clear();
-        sums.resize(group * LANES, 0.0);
-        for (exps, rest) in exps.chunks_exact(group * LANES).zip(rest.chunks_exact(LANES)) {
-            for (sums, exps) in sums.chunks_exact_mut(LANES).zip(exps.chunks_exact(LANES)) {
-                for ((sum, e), r) in sums.iter_mut().zip(exps).zip(rest) {
-                    *sum += e * r;
+        let (pairs, left, logits, weights) = refined.tokens_mut();
+        sketch.score(prepared, &pairs, logits);
+        let scales = sketch.key_codes().scales;
+        let by = &quant.spread;
+        let lift = Lift { pairs, page_logits, homes, of_page, by, left, scales, spread, shift };
+        kernels::lift(self.isa, &lift, (logits, weights), (tops, sums));
+        let rise = shift.iter().zip(tops.chunks_exact(LANES));
+        if rise.into_iter().any(|(shift, tops)| tops.iter().any(|top| top - shift > RISE_MAX)) {
+            for (shift, tops) in shift.iter_mut().zip(tops.chunks_exact(LANES)) {
+                *shift = tops.iter().fold(*shift, |most, &top| most.max(top));
+            }
+            // Tokens far above all page means: everything is taken again relative to them.
+            sums.clear();
+            sums.resize(group * LANES, 0.0);
+            dense::exps(self.isa, (page_logits, rest), shift, (exps, sums));
+            kernels::weigh(self.isa, pairs.heads, logits, shift, weights);
+            for (at, (_, range)) in pairs.iter().enumerate() {
+                for pair in range {
+                    exps[homes[at] as usize + usize::from(pairs.heads[pair]) * LANES] = 0.0;
                 }
             }
+            sums.fill(0.0);
+            let rows = weights.chunks_exact(LANES).zip(pairs.heads);
+            for (weights, &head) in rows {
+                add(&mut sums[usize::from(head) * LANES..][..LANES], weights);
+            }
+            for (exps, rest) in exps.chunks_exact(group * LANES).zip(rest.chunks_exact(LANES)) {
+                add_mass(exps, rest, sums);
+            }
         }
-        for ((sums, old), new) in sums.chunks_exact_mut(LANES).zip(part_shift.iter()).zip(shift.iter()) {
-            let factor = rescale(*old, *new);
-            sums.iter_mut().for_each(|sum| *sum *= factor);
-        }
-        kernels::weigh(self.isa, pairs.heads, logits, &shift, (weights, sums));
         norm.clear();
         norm.extend(shift.iter().zip(sums.chunks_exact(LANES)).map(|(shift, sums)| shift + ln_sum(sums)));
         attend(norm, attended);
         let num_pages = pairs.pages.len();
-        refined.shift = shift;
         self.found.pages_refined = num_pages;
         self.found.index_bytes_read += num_pages * sketch.key_bytes_per_page();
         self.found.tail_bytes_read += num_pages * sketch.value_bytes_per_page();
     }
 
-    /// Lists the pages to be told apart with their heads, and takes them out of the exponentials of the parts.
-    fn tell_apart(&mut self) {
-        let Scratch { norm, quant, boost, limit, masks, .. } = &mut *self.scratch;
+    /// Lists the pages to be told apart with their heads, takes them out of the exponentials of the parts, and adds up the others in
+    /// `scratch.sums`.
+    fn tell_apart(&mut self, detail: f32) {
+        let Scratch { norm, quant, boost, limit, masks, sums, .. } = &mut *self.scratch;
         let Frontier { parts, logits, rest, taken, exps, refined, group, .. } = &mut self.found.frontier;
         let group = *group;
-        let threshold = REFINE_MIN - (self.pages.map.len().max(1) as f32).ln();
+        let threshold = threshold(detail, self.pages);
         limit.clear();
         limit.extend(norm.iter().map(|norm| norm + threshold));
         boost.clear();
-        boost.extend(quant.spread.iter().map(|by| by * (REFINE_SPREAD / NODE_SPREAD)));
+        boost.extend(quant.spread.iter().map(|by| by * (MASS_SPREAD / NODE_SPREAD)));
         masks.resize(group, 0);
+        sums.clear();
+        sums.resize(group * LANES, 0.0);
         for (at, &Part { level, block }) in parts.iter().enumerate() {
+            let exps = &mut exps[at * group * LANES..(at + 1) * group * LANES];
+            let rest = &rest[at * LANES..(at + 1) * LANES];
             if level != 0 && level != SILENT {
+                add_mass(exps, rest, sums);
                 continue;
             }
-            let part = dense::Part {
-                logits: &logits[at * group * LANES..(at + 1) * group * LANES],
-                rest: &rest[at * LANES..(at + 1) * LANES],
-            };
+            let part = dense::Part { logits: &logits[at * group * LANES..(at + 1) * group * LANES], rest };
             let entries = Blocks::entries(block as usize);
             let limits = Limits { limit, boost, spread: &self.pages.blocks.spread[entries.clone()] };
-            let exps = &mut exps[at * group * LANES..(at + 1) * group * LANES];
-            let mut lanes = kernels::above(self.isa, part, limits, exps, masks);
+            let mut lanes = kernels::above(self.isa, part, limits, masks, (exps, sums));
             while lanes != 0 {
                 let lane = lanes.trailing_zeros() as usize;
                 lanes &= lanes - 1;
@@ -116,21 +110,55 @@ impl Pass<'_> {
                 refined.pages.push(page);
                 refined.places.push(place as u32);
                 refined.left.push(self.pages.live[page as usize] & !taken[place]);
-                // Without a branch: every head is written, those that ask stay.
-                let mut end = refined.heads.len();
-                refined.heads.resize(end + group, 0);
-                for (head, mask) in masks.iter().enumerate() {
-                    refined.heads[end] = head as u16;
-                    end += usize::from(mask >> lane & 1);
-                }
-                refined.heads.truncate(end);
-                refined.ends.push(end as u32);
+                push_heads(masks, lane, &mut refined.heads);
+                refined.ends.push(refined.heads.len() as u32);
             }
         }
     }
 }
 
-/// `exp(old - new)` for shifts that only rise; 1 where both are minus infinity.
-pub(crate) fn rescale(old: f32, new: f32) -> f32 {
-    if old == new { 1.0 } else { (old - new).exp() }
+/// Appends the heads whose mask has bit `lane`, eight at a time and without a branch for each.
+fn push_heads(masks: &[u16], lane: usize, heads: &mut Vec<u16>) {
+    for (eight, masks) in masks.chunks(8).enumerate() {
+        let byte = masks.iter().rev().fold(0, |byte, mask| 2 * byte + usize::from(mask >> lane & 1));
+        let (set, len) = &BITS_OF[byte];
+        let start = heads.len();
+        heads.extend_from_slice(set);
+        heads.truncate(start + len);
+        if eight > 0 {
+            heads[start..].iter_mut().for_each(|head| *head += 8 * eight as u16);
+        }
+    }
+}
+
+/// The bits set in each byte, rising, and their number.
+static BITS_OF: [([u16; 8], usize); 256] = {
+    let mut all = [([0; 8], 0); 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let mut bit = 0;
+        while bit < 8 {
+            if byte >> bit & 1 == 1 {
+                all[byte].0[all[byte].1] = bit;
+                all[byte].1 += 1;
+            }
+            bit += 1;
+        }
+        byte += 1;
+    }
+    all
+};
+
+/// Log share of the whole mass that is `times` as much as an average token's.
+pub(crate) fn threshold(times: f32, pages: &Pages) -> f32 {
+    times.ln() - (pages.map.len().max(1) as f32).ln()
+}
+
+/// `sums[h, lane] += exps[h, lane] * rest[lane]`
+fn add_mass(exps: &[f32], rest: &[f32], sums: &mut [f32]) {
+    for (sums, exps) in sums.chunks_exact_mut(LANES).zip(exps.chunks_exact(LANES)) {
+        for ((sum, e), r) in sums.iter_mut().zip(exps).zip(rest) {
+            *sum += e * r;
+        }
+    }
 }

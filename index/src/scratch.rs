@@ -46,12 +46,15 @@ pub struct Scratch {
     /// `[pages, 16]` best score of each refined token over the heads, `[pages]` the best of those.
     pub(crate) best: Vec<f32>,
     pub(crate) tops: Vec<f32>,
+    /// The same of pages that are up for selection.
+    pub(crate) expected: Vec<f32>,
     /// `[pairs]` weight of a page that its tokens carry.
     pub(crate) carried: Vec<f32>,
-    /// `[group]` mass of a tail, its inverse, and the factors from the parts' shift to the tail's.
-    pub(crate) masses: Vec<f32>,
+    /// `[group]` mass of a tail and its inverse.
+    pub(crate) masses: Vec<f64>,
     pub(crate) inverse: Vec<f32>,
-    pub(crate) factors: Vec<f32>,
+    /// `[group]` mass of a page below which its values are not told apart.
+    pub(crate) least: Vec<f32>,
     /// Logits and weights of a tail far below what was selected.
     pub(crate) deep: Deep,
     /// `[group, padded_dim]` sums of value residuals.
@@ -78,4 +81,6 @@ pub(crate) struct Deep {
     pub weights: Vec<f32>,
     /// `[group]`
     pub shift: Vec<f32>,
+    /// `[group, 16]`
+    pub sums: Vec<f32>,
 }

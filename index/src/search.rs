@@ -183,7 +183,7 @@ impl Pass<'_> {
     fn weigh_parts(&mut self) {
         let Scratch { norm, sums, attended, .. } = &mut *self.scratch;
         let frontier = &mut self.found.frontier;
-        let shift = &mut frontier.part_shift;
+        let shift = &mut frontier.shift;
         shift.clear();
         shift.resize(frontier.group, f32::NEG_INFINITY);
         dense::maxima(self.isa, &frontier.logits, &frontier.rest, shift);
@@ -200,14 +200,13 @@ impl Pass<'_> {
     /// Ranks and takes what the budget allows, and tells pages apart into tokens, in the order that the unit asks for.
     pub fn choose(&mut self, params: &SearchParams) {
         self.weigh_parts();
-        self.found.frontier.refined.shift.clone_from(&self.found.frontier.part_shift);
         if params.unit == Unit::Page {
             self.select(params);
             if params.tail != Tail::Off {
-                self.refine();
+                self.refine(params.detail);
             }
         } else {
-            self.refine();
+            self.refine(params.detail);
             self.select(params);
         }
     }
@@ -215,6 +214,7 @@ impl Pass<'_> {
     /// Ranks what is up for selection and takes tokens until the budget is full.
     fn select(&mut self, params: &SearchParams) {
         self.scratch.top.start(params.budget);
+        self.rank_tokens();
         self.offer_parts();
         self.offer_tokens();
         let frontier = &mut self.found.frontier;
@@ -278,18 +278,33 @@ impl Pass<'_> {
         }
     }
 
-    /// Offers the tokens of pages that were told apart.
-    fn offer_tokens(&mut self) {
-        let Scratch { top, norm, best, tops, .. } = &mut *self.scratch;
+    /// Scores the tokens of pages that were told apart; the best ones of each page tell what the selection must reach.
+    fn rank_tokens(&mut self) {
+        let Scratch { top, norm, best, tops, expected, .. } = &mut *self.scratch;
         let Frontier { refined, parts, .. } = &self.found.frontier;
         best.resize(refined.pages.len() * LANES, 0.0);
         tops.resize(refined.pages.len(), 0.0);
         pairs::best(self.isa, &refined.pairs(), refined.logits(), norm, (best, tops));
-        for (at, &most) in tops.iter().enumerate() {
-            if most <= top.threshold || parts[refined.places[at] as usize / LANES].level == SILENT {
+        expected.clear();
+        for (top, &place) in tops.iter_mut().zip(&refined.places) {
+            if parts[place as usize / LANES].level == SILENT {
+                *top = f32::NEG_INFINITY;
+            } else {
+                expected.push(*top);
+            }
+        }
+        top.expect(expected);
+    }
+
+    /// Offers the tokens of pages that were told apart.
+    fn offer_tokens(&mut self) {
+        let Scratch { top, best, tops, .. } = &mut *self.scratch;
+        let Frontier { parts, .. } = &self.found.frontier;
+        for (at, (&most, best)) in tops.iter().zip(best.as_chunks::<LANES>().0).enumerate() {
+            if most <= top.threshold {
                 continue;
             }
-            for (lane, &score) in best[at * LANES..(at + 1) * LANES].iter().enumerate() {
+            for (lane, &score) in best.iter().enumerate() {
                 // Lanes that are not left score minus infinity, which no threshold lies below.
                 if score > top.threshold {
                     top.offer(Ranked::new(score, (parts.len() + at) * LANES + lane, 1));

@@ -55,6 +55,16 @@ impl TopK {
         self.threshold = if budget == 0 { f32::INFINITY } else { f32::NEG_INFINITY };
     }
 
+    /// Raises the threshold: `scores` are those of single tokens, each of which will be offered if it is above it, and the best
+    /// `budget` of them leave no room for any below. `scores` are reordered.
+    pub fn expect(&mut self, scores: &mut [f32]) {
+        if (1..scores.len()).contains(&self.budget) {
+            let (_, last, _) = scores.select_nth_unstable_by(self.budget - 1, |a, b| b.total_cmp(a));
+            // The last one itself may be selected.
+            self.threshold = self.threshold.max(last.next_down());
+        }
+    }
+
     /// Offers an entry whose score is above the threshold.
     pub fn offer(&mut self, item: Ranked) {
         self.items.push(item);

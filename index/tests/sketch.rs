@@ -4,7 +4,7 @@ mod trace;
 
 use floe_index::Query;
 use floe_index::simd::Isa;
-use floe_index::sketch::{EncodeScratch, Pairs, PreparedQuery, Sketch, SketchConfig};
+use floe_index::sketch::{EncodeScratch, Pairs, PreparedQuery, Sketch, SketchConfig, Weights};
 use proptest::prelude::*;
 use trace::Trace;
 
@@ -140,7 +140,8 @@ fn scores_and_sums(sketch: &Sketch, q: &[f32], group: usize, weights: &[f32]) ->
     if sketch.config().v_bits() > 0 {
         sums.resize(group * sketch.padded_dim(), 0.0);
         let weights: Vec<f32> = weights[..pages.len() * group * 16].iter().map(|w| w.abs()).collect();
-        sketch.add_weighted(&all.pairs(), (&weights, &sums_of(&weights)), &mut sums);
+        let by = Weights { tokens: &weights, sums: &sums_of(&weights), least: &vec![-1.0; group] };
+        sketch.add_weighted(&all.pairs(), by, &mut sums);
     }
     (scores, sums)
 }
@@ -182,8 +183,15 @@ fn some_heads_of_some_pages_get_what_all_heads_of_all_pages_get() {
                 assert_eq!(out, picked, "{config}, dim {dim}, {isa:?}");
                 let mut sums =
                     [vec![0.0; group * sketch.padded_dim()], vec![0.0; group * sketch.padded_dim()]];
-                sketch.add_weighted(&all.pairs(), (&weights, &sums_of(&weights)), &mut sums[0]);
-                sketch.add_weighted(&some.pairs(), (&some_weights, &sums_of(&some_weights)), &mut sums[1]);
+                // Pairs that do not ask have no weight; a second head is cut off by its least sum.
+                let least: Vec<f32> = (0..group).map(|h| if h == 1 { 1e9 } else { 0.0 }).collect();
+                let by = Weights { tokens: &weights, sums: &sums_of(&weights), least: &least };
+                sketch.add_weighted(&all.pairs(), by, &mut sums[0]);
+                let by = Weights { tokens: &some_weights, sums: &sums_of(&some_weights), least: &least };
+                sketch.add_weighted(&some.pairs(), by, &mut sums[1]);
+                let padded = sketch.padded_dim();
+                assert!(sums[0][padded..2 * padded].iter().all(|x| *x == 0.0));
+                assert!(sums[0][..padded].iter().any(|x| *x != 0.0));
                 assert_eq!(sums[0], sums[1], "{config}, dim {dim}, {isa:?}");
             }
         }
@@ -263,7 +271,8 @@ fn sums_agree_with_decoded_residuals_within_the_weight_rounding() {
             let padded = sketch.padded_dim();
             let mut acc = vec![0.0; group * padded];
             let all = All::new(&pages, group);
-            sketch.add_weighted(&all.pairs(), (&weights, &sums_of(&weights)), &mut acc);
+            let by = Weights { tokens: &weights, sums: &sums_of(&weights), least: &vec![0.0; group] };
+            sketch.add_weighted(&all.pairs(), by, &mut acc);
             let mut residual = vec![0.0; dim];
             for (g, acc) in acc.chunks_mut(padded).enumerate() {
                 sketch.finish(acc);

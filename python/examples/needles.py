@@ -64,64 +64,99 @@ questions = {
 }
 
 
-# %% Reading, asking. The same cache answers every question: what a question added is cropped off again.
+# %% Reading and asking.
 @torch.inference_mode()
-def read(cache):
-    for chunk in prompt_ids.split(args.chunk, dim=1):
-        model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def read(cache, ids, chunk):
+    """The logits after the last token."""
+    for piece in ids.split(chunk, dim=1):
+        logits = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits
 
 
 @torch.inference_mode()
-def ask(cache, question, num_tokens=9):
-    """The answer, greedily, and the seconds of one token."""
-    logits = model(input_ids=question, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    answer, times = [], []
+def answer(cache, logits, num_tokens=9):
+    """The next tokens, greedily, and the seconds of each."""
+    tokens, times = [], []
     for _ in range(num_tokens):
-        answer.append(int(logits[0, -1].argmax()))
+        tokens.append(int(logits[0, -1].argmax()))
         start = time.perf_counter()
-        token = torch.tensor([[answer[-1]]], device=args.device)
+        token = torch.tensor([[tokens[-1]]], device=args.device)
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
         logits[0, -1, 0].item()
         times.append(time.perf_counter() - start)
-    cache.crop(-(question.shape[1] + num_tokens))
-    return tokenizer.decode(answer), sorted(times)[len(times) // 2]
+    return tokenizer.decode(tokens), times
 
 
-def bytes_read(cache):
-    """Bytes that the decode steps read, and those that full attention would have read."""
-    if not isinstance(cache, FloeCache):
-        return 0, 0
+def row_of(label, answers, times, **more):
+    right = sum(key in text for key, text in zip(NEEDLES.values(), answers))
+    row = {"cache": label, "right": right, "of": len(NEEDLES), "token_ms": 1000 * sorted(times)[len(times) // 2]}
+    row |= more | {"answers": answers}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def ask_in_turn(cache):
+    """One cache answers every question: what a question added is cropped off again."""
+    answers, times = [], []
+    for question in questions.values():
+        text, took = answer(cache, read(cache, question, args.chunk))
+        answers.append(text)
+        times += took
+        cache.crop(-(question.shape[1] + len(took)))
+    return answers, times
+
+
+def counts(cache):
     metrics = cache.metrics()[0]
     return metrics["kv_bytes_read"] + metrics["index_bytes_read"], metrics["full_kv_bytes"]
 
 
-def ask_all(label, cache):
-    before = bytes_read(cache)
-    answers, times = zip(*(ask(cache, question) for question in questions.values()))
-    right = sum(key in answer for key, answer in zip(NEEDLES.values(), answers))
-    row = {"cache": label, "right": right, "of": len(NEEDLES), "token_ms": 1000 * sorted(times)[len(times) // 2]}
-    if isinstance(cache, FloeCache):
-        own, full = (after - b for after, b in zip(bytes_read(cache), before))
-        row["read_share"] = own / full
-    print(json.dumps(row | {"answers": answers}), flush=True)
-    return row | {"answers": answers}
+@torch.inference_mode()
+def hit_rate_of_reading(cache, num_tokens=64):
+    """Share of retrieved rows that lay on the device already, while the novel goes on."""
+    story = torch.tensor([novel[len(NEEDLES) * piece :][:num_tokens]], device=args.device)
+    before = cache.metrics()[0]
+    for token in story.split(1, dim=1):
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+    after = cache.metrics()[0]
+    requests, hits = (after[name] - before[name] for name in ("hot_requests", "hot_hits"))
+    return hits / requests if requests else None
 
 
-# %% The full cache of transformers, then floe: read once, answer under each policy.
+# %% The full cache of transformers.
 start = time.perf_counter()
 full = DynamicCache(config=model.config)
-read(full)
+read(full, prompt_ids, args.chunk)
 print(f"{len(prompt)} tokens read in {time.perf_counter() - start:.1f} s", flush=True)
-rows = [ask_all("DynamicCache", full)]
+rows = [row_of("DynamicCache", *ask_in_turn(full))]
 del full
 
-cache = FloeCache(model.config, policy="full")
-read(cache)
-for spec in ["full:256", *args.policies]:
-    policy, _, budget = spec.rpartition(":")
-    cache.set_policy(policy, int(budget))
-    rows.append(ask_all(spec, cache))
+# %% floe. On the CPU one cache reads once and answers under each policy in turn.
+if args.device == "cpu":
+    cache = FloeCache(model.config, policy="full")
+    read(cache, prompt_ids, args.chunk)
+    for spec in ["full:256", *args.policies]:
+        policy, _, budget = spec.rpartition(":")
+        cache.set_policy(policy, int(budget))
+        own, whole = counts(cache)
+        answers, times = ask_in_turn(cache)
+        own, whole = (after - before for after, before in zip(counts(cache), (own, whole)))
+        rows.append(row_of(spec, answers, times, read_share=own / whole))
 
+# %% On a CUDA device, where memory is laid out for one policy, each question is read with its prompt.
+else:
+    for spec in args.policies:
+        policy, _, budget = spec.rpartition(":")
+        answers, times = [], []
+        for question in questions.values():
+            ids = torch.cat([prompt_ids, question], dim=1)
+            cache = FloeCache(model.config, policy, int(budget), max_tokens=(ids.shape[1] + 80 + 255) // 256 * 256)
+            text, took = answer(cache, read(cache, ids, ids.shape[1]))
+            answers.append(text)
+            times += took
+        rows.append(row_of(spec, answers, times, **cache.memory(), hit_rate=hit_rate_of_reading(cache)))
+
+# %% Results.
 if args.json:
     document = {"model": args.model.name, "tokens": len(prompt), "dtype": args.dtype, "rows": rows}
     args.json.write_text(json.dumps(document, indent=1))

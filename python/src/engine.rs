@@ -77,7 +77,7 @@ impl PyEngine {
             window,
             dense_layers,
             hot,
-            cold: cold_folder.map(|folder| ColdConfig { folder }),
+            cold: cold_folder.map(ColdConfig::new),
             warm_limit_bytes,
             spans: spans.unwrap_or_default(),
             threads,
@@ -117,6 +117,7 @@ impl PyEngine {
             "head_dim": config.heads.head_dim(),
             "dtype": dtype_name(config.kv_dtype),
             "policy": config.policy.spec(),
+            "reuse": *config.policy.reuse() != floe::reuse::ReuseKind::Off,
             "budget": config.budget,
             "sinks": config.sinks,
             "window": config.window,
@@ -146,7 +147,8 @@ impl PyEngine {
     }
 }
 
-fn parse_dtype(name: &str) -> PyResult<KvDtype> {
+/// The element type of that name.
+pub fn parse_dtype(name: &str) -> PyResult<KvDtype> {
     match name {
         "bfloat16" | "bf16" => Ok(KvDtype::Bf16),
         "float16" | "f16" => Ok(KvDtype::F16),
@@ -155,7 +157,8 @@ fn parse_dtype(name: &str) -> PyResult<KvDtype> {
     }
 }
 
-fn dtype_name(dtype: KvDtype) -> &'static str {
+/// Its name in Python.
+pub fn dtype_name(dtype: KvDtype) -> &'static str {
     match dtype {
         KvDtype::Bf16 => "bfloat16",
         KvDtype::F16 => "float16",

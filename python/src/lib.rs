@@ -4,6 +4,8 @@
 //! Errors keep the library's texts: `OSError` where the system refused, `RuntimeError` where the program or the machine is
 //! at fault, `ValueError` for everything else.
 
+#[cfg(feature = "cuda")]
+mod device;
 mod engine;
 mod error;
 mod json;
@@ -20,6 +22,8 @@ use pyo3::prelude::*;
 fn _floe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<engine::PyEngine>()?;
+    #[cfg(feature = "cuda")]
+    module.add_class::<device::PyCudaEngine>()?;
     module.add_class::<sequence::PySequence>()?;
     module.add_class::<trace::PyTrace>()?;
     module.add_class::<tensor::PyTraceTensor>()?;

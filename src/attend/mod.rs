@@ -3,11 +3,13 @@
 mod causal;
 mod cpu;
 pub mod exact;
+mod logits;
 
 use std::ops::Range;
 
 pub use causal::CausalQueries;
 pub use cpu::CpuBackend;
+pub use logits::{logits, logits_of};
 
 use crate::error::Result;
 use crate::ids::TokenPos;
@@ -24,6 +26,7 @@ pub struct AttendScratch {
     /// 0, 1, 2, ...: rows of a step that lie in slots, in the order of their positions.
     counting: Vec<u32>,
     all: StateBuf,
+    logits: Vec<f32>,
 }
 
 /// Tokens of one shard.

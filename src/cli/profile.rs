@@ -124,7 +124,7 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
         threads: args.threads,
     };
     let cells = simulate(&log, &plan)?;
-    let profile = Profile { log: &log, plan: &plan, cells: &cells, stages_ns };
+    let profile = Profile { log: &log, plan: &plan, cells: &cells, stages_ns: stages_ns.as_deref() };
 
     let mut stdout = io::stdout().lock();
     for (caption, table) in tables(&profile) {
@@ -136,8 +136,7 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
         write_file(path, &serde_json::to_string_pretty(&document)?)?;
     }
     if let Some(path) = &args.html {
-        let command = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
-        write_file(path, &html(&profile, &format!("floe {command}")))?;
+        write_file(path, &html(&profile, &format!("floe {}", command(&args.traces))))?;
     }
     Ok(())
 }
@@ -167,6 +166,14 @@ fn on_device(args: &ProfileArgs) -> anyhow::Result<()> {
 #[cfg(not(feature = "cuda"))]
 fn on_device(args: &ProfileArgs) -> anyhow::Result<()> {
     anyhow::bail!("backend {} needs a build with the feature cuda", args.backend)
+}
+
+/// The command line, with a long list of traces cut short.
+fn command(traces: &[PathBuf]) -> String {
+    let is_further = |arg: &String| traces.iter().skip(1).any(|trace| trace.as_os_str() == arg.as_str());
+    let words: Vec<String> = std::env::args().skip(1).filter(|arg| !is_further(arg)).collect();
+    let more = traces.len().saturating_sub(1);
+    words.join(" ") + &if more > 0 { format!(" (and {more} more traces)") } else { String::new() }
 }
 
 fn read_log(path: &Path) -> anyhow::Result<AccessLog> {

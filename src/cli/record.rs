@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use floe::host::{Model, RecordPlan, Recorder, Session};
+use floe::host::{Model, RecordPlan, Recorder};
 
 use super::generate::prefill_bar;
 
@@ -61,12 +61,12 @@ fn run_in_pool(args: RecordArgs) -> anyhow::Result<()> {
         text: name,
         licence: args.licence,
     };
-    let mut recorder = Recorder::create(&model, &plan, &args.out)?;
+    let recorder = Recorder::create(&model, &plan, &args.out)?;
     let bar = prefill_bar(tokens.len())?;
-    Session::new(&model, &mut recorder).prefill(&tokens, &mut |done| bar.inc(done as u64))?;
+    let paths = recorder.run(&model, &tokens, &mut |done| bar.inc(done as u64))?;
     bar.finish_and_clear();
     let mut stdout = io::stdout().lock();
-    for path in recorder.finish()? {
+    for path in paths {
         writeln!(stdout, "{}", path.display())?;
     }
     Ok(())

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use floe::replay::{REPLAY_SCHEMA, ReplayPlan, TraceReplay, html, num_runs, replay, summarise, tables};
+use floe::replay::{
+    DecodeFrom, REPLAY_SCHEMA, ReplayPlan, TraceReplay, html, num_runs, replay, reuse_rows, summarise, tables,
+};
 use floe::trace::Trace;
 use floe::{Backend, Policy};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -55,6 +57,9 @@ pub struct ReplayArgs {
     /// Measure at most N queries of each trace, evenly spaced; 0 = all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     queries: usize,
+    /// Where the prefill ends and decoding starts: `first-query` measures every recorded query, for policies that learn.
+    #[arg(long, value_enum, value_name = "PLACE", default_value_t = Start::IndexUntil)]
+    decode_from: Start,
     /// Seed of the policies' random parts.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -72,6 +77,12 @@ pub struct ReplayArgs {
     threads: usize,
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Start {
+    IndexUntil,
+    FirstQuery,
+}
+
 pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let traces = open_traces(&args.traces)?;
@@ -85,7 +96,11 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     let (budgets, segments) = (args.budgets, args.segments);
     let (max_queries, seed, threads) = (args.queries, args.seed, args.threads);
     let backend = args.backend;
-    let plan = ReplayPlan { policies, budgets, segments, max_queries, seed, threads, backend };
+    let decode_from = match args.decode_from {
+        Start::IndexUntil => DecodeFrom::IndexUntil,
+        Start::FirstQuery => DecodeFrom::FirstQuery,
+    };
+    let plan = ReplayPlan { policies, budgets, decode_from, segments, max_queries, seed, threads, backend };
 
     let bar = progress_bar(traces.len() * num_runs(&plan))?;
     let mut replays: Vec<TraceReplay> = Vec::with_capacity(traces.len());
@@ -108,7 +123,8 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     )?;
     if let Some(path) = &args.json {
         let rows: Vec<_> = replays.iter().flat_map(summarise).collect();
-        let document = serde_json::json!({ "schema": REPLAY_SCHEMA, "rows": rows });
+        let reuse: Vec<_> = replays.iter().flat_map(reuse_rows).collect();
+        let document = serde_json::json!({ "schema": REPLAY_SCHEMA, "rows": rows, "reuse": reuse });
         write_file(path, &serde_json::to_string_pretty(&document)?)?;
     }
     if let Some(path) = &args.html {

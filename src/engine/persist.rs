@@ -21,6 +21,9 @@ pub const SEQUENCE_KIND: &str = "floe-sequence/1";
 pub struct SavedSequence {
     /// [`SEQUENCE_KIND`].
     pub kind: String,
+    /// Name of the model; empty when the engine was given none.
+    #[serde(default)]
+    pub model: String,
     /// Layers of the model.
     pub num_layers: usize,
     /// Query heads of a layer.
@@ -33,6 +36,9 @@ pub struct SavedSequence {
     pub kv_dtype: String,
     /// Selection policy; its index is in the file.
     pub policy: String,
+    /// Earlier states that steps may reuse are in the file where this is the engine's own kind of reuse.
+    #[serde(default)]
+    pub reuse: String,
     /// First tokens, always attended.
     pub sinks: usize,
     /// Last tokens, always attended.
@@ -49,12 +55,14 @@ impl SavedSequence {
     fn of(config: &Config, sequence: &Sequence) -> Self {
         Self {
             kind: SEQUENCE_KIND.into(),
+            model: config.model.clone(),
             num_layers: config.num_layers,
             num_q_heads: config.heads.num_q_heads(),
             num_kv_heads: config.heads.num_kv_heads(),
             head_dim: config.heads.head_dim(),
             kv_dtype: config.kv_dtype.to_string(),
             policy: config.policy.spec().to_owned(),
+            reuse: reuse_settings(config),
             sinks: config.sinks,
             window: config.window,
             seed: config.seed,
@@ -82,8 +90,19 @@ impl SavedSequence {
         self.policy == config.policy.spec() && self.sinks == config.sinks && self.seed == config.seed
     }
 
+    /// Whether earlier states saved under these settings are what steps under `config` would have left.
+    fn same_reuse(&self, config: &Config) -> bool {
+        let same_selection = config.policy.is_exact() || self.same_index(config);
+        same_selection
+            && self.reuse == reuse_settings(config)
+            && (self.sinks, self.window) == (config.sinks, config.window)
+    }
+
     fn check(&self, config: &Config, path: &Path) -> Result<()> {
+        let named = !self.model.is_empty() && !config.model.is_empty();
+        let model = if named { &self.model } else { &config.model };
         let own = [
+            ("model", model.clone(), config.model.clone()),
             ("num_layers", self.num_layers.to_string(), config.num_layers.to_string()),
             ("num_q_heads", self.num_q_heads.to_string(), config.heads.num_q_heads().to_string()),
             ("num_kv_heads", self.num_kv_heads.to_string(), config.heads.num_kv_heads().to_string()),
@@ -101,6 +120,14 @@ impl SavedSequence {
         }
         Ok(())
     }
+}
+
+fn reuse_settings(config: &Config) -> String {
+    format!("{:?}", config.policy.reuse())
+}
+
+fn has_blob(file: &PageFile, name: &str) -> bool {
+    file.manifest().blobs.iter().any(|blob| blob.name == name)
 }
 
 impl Engine {
@@ -129,6 +156,9 @@ impl Engine {
             }
             if let Some(index) = parts.selector.snapshot() {
                 writer.blob(format!("index/{shard}"), &index)?;
+            }
+            if let Some(reuse) = parts.reuse.snapshot() {
+                writer.blob(format!("reuse/{shard}"), &reuse)?;
             }
         }
         let fields = serde_json::to_value(SavedSequence::of(&self.config, sequence)).map_err(|error| {
@@ -188,9 +218,17 @@ impl Engine {
                 return Err(format("num_tokens", reason));
             }
             parts.first_batch = published;
+            let name = format!("reuse/{shard}");
+            if saved.same_reuse(&self.config)
+                && has_blob(&file, &name)
+                && !parts.reuse.restore(file.blob(&name)?)
+            {
+                return Err(format("blobs", format!("{name} is no cache of earlier states of this shape")));
+            }
+            // An entry that saw a token which the file does not hold is of no use.
+            parts.reuse.truncate(rows as u32);
             let name = format!("index/{shard}");
-            let has_index = file.manifest().blobs.iter().any(|blob| blob.name == name);
-            if has_index && saved.same_index(&self.config) {
+            if has_blob(&file, &name) && saved.same_index(&self.config) {
                 let index = file.blob(&name)?;
                 parts.selector = parts.selector.restored(index, published as u32)?.into();
                 parts.published = published;

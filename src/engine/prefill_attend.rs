@@ -1,7 +1,8 @@
 //! Prefill with queries: what a host engine calls for every layer of a prompt.
 
+use super::crew::on_threads;
 use super::spill::Patience;
-use super::{Engine, check_finite, check_room, check_rows, on_threads};
+use super::{Engine, check_finite, check_room, check_rows};
 use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId, TokenPos};
 use crate::prefill;
@@ -62,11 +63,11 @@ impl Engine {
         let seen = layer.span.map_or(0, |span| (layer.num_tokens + 1).saturating_sub(span));
         let seen = seen as TokenPos..layer.num_tokens as TokenPos;
         layer.shards.iter().try_for_each(|shard| shard.pages.verify(seen.clone()))?;
-        on_threads(self.pool.as_ref(), || {
+        on_threads(self.crew.as_ref(), || {
             prefill::append(layer, &step.k, &step.v)?;
             prefill::attend(&*self.backend, layer, (&step.q, step.scale), out)
         })?;
-        self.spill(Patience::Prefill);
+        self.spill((seq, step.layer.0), Patience::Prefill);
         Ok(())
     }
 }

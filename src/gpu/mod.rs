@@ -34,6 +34,7 @@ mod cost;
 mod engine;
 mod host;
 mod host_io;
+mod inspect;
 mod layer;
 mod options;
 mod places;

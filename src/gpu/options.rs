@@ -5,6 +5,7 @@ use floe_index::{Tail, Unit};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::reuse::ReuseKind;
 use crate::select::PolicyKind;
 use crate::shape::PAGE_TOKENS;
 
@@ -126,6 +127,9 @@ impl Plan {
         };
         shape.check()?;
         let refuse = |reason: &str| Err(Error::config("policy", config.policy.spec(), reason));
+        if *config.policy.reuse() != ReuseKind::Off {
+            return refuse("the cuda backend does not reuse earlier steps");
+        }
         let (exact, bits, tail) = match config.policy.kind() {
             PolicyKind::Full => (true, [0; 2], false),
             PolicyKind::PageMean(options) => {

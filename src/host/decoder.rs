@@ -1,5 +1,6 @@
 //! The decoder: residual blocks of attention and feed-forward, attention through a [`KvBackend`].
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use candle_core::quantized::QMatMul;
@@ -137,9 +138,22 @@ impl Decoder {
     pub fn logits(&self, hidden: &Hidden, keep: usize) -> HostResult<Tensor> {
         let tokens = hidden.states.dim(0)?;
         match tokens.checked_sub(keep) {
-            Some(first) if keep > 0 => self.head.forward(&hidden.states.narrow(0, first, keep)?),
-            _ => Err(HostError::argument("keep", keep, format!("must be 1 to the {tokens} tokens"))),
+            Some(first) => self.logits_of(hidden, first..tokens),
+            None => Err(HostError::argument("keep", keep, format!("must be 1 to the {tokens} tokens"))),
         }
+    }
+
+    /// Logits of some of the tokens, `[tokens.len(), vocab]`.
+    ///
+    /// # Errors
+    /// [`HostError::Argument`] when `tokens` is empty or reaches beyond the tokens run.
+    pub fn logits_of(&self, hidden: &Hidden, tokens: Range<usize>) -> HostResult<Tensor> {
+        let run = hidden.states.dim(0)?;
+        if tokens.is_empty() || tokens.end > run {
+            let reason = format!("must be some of the {run} tokens");
+            return Err(HostError::argument("tokens", format!("{tokens:?}"), reason));
+        }
+        self.head.forward(&hidden.states.narrow(0, tokens.start, tokens.len())?)
     }
 }
 

@@ -7,8 +7,16 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// Environment: a file that cannot be read.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}")]
     Read {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+    /// Environment: a file that cannot be written.
+    #[error("cannot write {path}")]
+    Write {
         /// The file.
         path: PathBuf,
         /// The operating system's answer.
@@ -77,7 +85,7 @@ impl HostError {
         match self {
             // A file name that does not exist is input; a file that cannot be read to its end is not.
             Self::Read { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
-            Self::Candle(_) => true,
+            Self::Candle(_) | Self::Write { .. } => true,
             Self::Engine(error) => error.is_environment(),
             Self::Trace(error) => error.is_environment(),
             _ => false,

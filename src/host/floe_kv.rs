@@ -10,6 +10,7 @@ use crate::ids::{LayerId, SeqId};
 use crate::select::Policy;
 use crate::shape::KvDtype;
 use crate::step::StepReport;
+use crate::transfer::Fetched;
 
 /// What the decode steps of a backend read, against what full attention would have read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub struct ReadCounters {
     pub index_bytes: u64,
     /// Bytes of keys and values that full attention (over the spans of sliding layers) reads.
     pub full_kv_bytes: u64,
+    /// What the steps asked of the hot tier; all 0 without one.
+    pub fetched: Fetched,
 }
 
 /// One sequence of a floe [`Engine`].
@@ -90,8 +93,11 @@ impl FloeBackend {
     /// is refused.
     ///
     /// # Errors
-    /// As [`Engine::restore`]; [`HostError::Backend`] for a sequence that was saved in the middle of a forward pass.
+    /// As [`Engine::restore`]; [`HostError::Read`] when there is no such file, [`HostError::Backend`] for a sequence that was
+    /// saved in the middle of a forward pass.
     pub fn load(&mut self, path: &Path) -> HostResult<()> {
+        // Said here, because to the engine every failing read is the machine's fault.
+        std::fs::metadata(path).map_err(|source| HostError::Read { path: path.to_path_buf(), source })?;
         let seq = self.engine.restore(path)?;
         let tokens = (0..self.num_layers)
             .map(|layer| self.engine.num_tokens(seq, LayerId(layer)))
@@ -141,6 +147,7 @@ impl FloeBackend {
             self.counters.kv_bytes += shard.kv_bytes_read as u64;
             self.counters.index_bytes += shard.index_bytes_read as u64;
             self.counters.full_kv_bytes += (seen * row_bytes) as u64;
+            self.counters.fetched.add(&shard.fetched);
         }
         self.counters.steps += usize::from(args.layer == 0);
         Ok(())

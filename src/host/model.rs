@@ -6,7 +6,10 @@ use super::chat::{ChatTemplate, Message};
 use super::decoder::Decoder;
 use super::gguf::Gguf;
 use super::tokenizer::Tokenizer;
-use super::{HostResult, ModelConfig};
+use super::{HostError, HostResult, ModelConfig};
+
+/// Stands for a question inside a rendered chat; any text that no context contains.
+const MARK: &str = "\u{1}question\u{1}";
 
 /// Everything of one GGUF file.
 pub struct Model {
@@ -43,6 +46,21 @@ impl Model {
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         self.decoder.config()
+    }
+
+    /// The texts before and after a question that follows `context` in one user message of the model's chat form; a line
+    /// break after it for a model without a chat template. So one context can be run once for many questions.
+    ///
+    /// # Errors
+    /// When the template refuses the message or drops its text.
+    pub fn chat_around(&self, context: &str) -> HostResult<(String, String)> {
+        let Some(chat) = &self.chat else { return Ok((format!("{context}\n\n"), "\n".to_owned())) };
+        let content = format!("{context}\n\n{MARK}");
+        let rendered = chat.render(&[Message { role: "user", content }])?;
+        let around = rendered.split_once(MARK);
+        let (before, after) =
+            around.ok_or_else(|| HostError::Backend("the chat template drops the user's message".into()))?;
+        Ok((before.to_owned(), after.to_owned()))
     }
 
     /// Tokens of one user message in the model's chat form, up to where the answer starts; of the bare text for a model

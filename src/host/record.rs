@@ -1,11 +1,12 @@
-//! Recording: a KV backend that attends exactly and writes what it sees as format-1 traces.
+//! Recording: a KV backend that attends exactly and writes what it sees as format-1 traces, with what the model said.
 
 use std::path::{Path, PathBuf};
 
 use half::bf16;
 
-use super::backend::{AttendArgs, KvBackend};
-use super::{FloeBackend, HostError, HostResult, Model, Pairing};
+use super::backend::{AttendArgs, KvBackend, Phase};
+use super::logits::LogitsFile;
+use super::{FloeBackend, HostError, HostResult, Model, PREFILL_TOKENS, Pairing};
 use crate::shape::KvDtype;
 use crate::trace::{Rope, Segment, Tensor, TraceMeta, TraceWriter};
 use crate::view::{TensorView, widen};
@@ -32,7 +33,13 @@ pub struct Recorder {
     inner: FloeBackend,
     shards: Vec<Shard>,
     first_query: usize,
+    num_tokens: usize,
+    /// Path and origin of the logits.
+    logits: (PathBuf, [(&'static str, String); 3]),
 }
+
+/// Queries whose logits are computed at once: 40 MB with a vocabulary of 150,000.
+const LOGITS_AT_ONCE: usize = 64;
 
 struct Shard {
     layer: usize,
@@ -106,14 +113,49 @@ impl Recorder {
             full,
             crate::Config::new(1, config.heads, KvDtype::F32).budget,
         )?;
-        Ok(Self { inner, shards, first_query })
+        let about = [("model", &model.name), ("text", &plan.text), ("licence", &plan.licence)];
+        let logits = folder.join(format!("{stem}_logits.safetensors"));
+        let logits = (logits, about.map(|(field, value)| (field, value.clone())));
+        Ok(Self { inner, shards, first_query, num_tokens: plan.num_tokens, logits })
+    }
+
+    /// Runs the text and completes the files; `progress` hears of every part that is done. The traces' paths, and last that of
+    /// the logits ([format](super::TOP)).
+    ///
+    /// # Errors
+    /// [`HostError::Argument`] when the tokens are not as many as planned; errors of the model and of the files.
+    pub fn run(
+        mut self,
+        model: &Model,
+        tokens: &[u32],
+        progress: &mut dyn FnMut(usize),
+    ) -> HostResult<Vec<PathBuf>> {
+        if tokens.len() != self.num_tokens {
+            let reason = format!("{} were planned", self.num_tokens);
+            return Err(HostError::argument("tokens", tokens.len(), reason));
+        }
+        let (path, about) = self.logits.clone();
+        let first_query = self.first_query;
+        let mut logits = LogitsFile::new(path, (tokens, first_query, model.config().vocab), about);
+        let mut done = 0;
+        for part in tokens.chunks(PREFILL_TOKENS) {
+            let hidden = model.decoder.forward(part, Phase::Prefill, &mut self)?;
+            let mut from = first_query.saturating_sub(done);
+            while from < part.len() {
+                let to = part.len().min(from + LOGITS_AT_ONCE);
+                logits.push(&model.decoder.logits_of(&hidden, from..to)?)?;
+                from = to;
+            }
+            done += part.len();
+            progress(part.len());
+        }
+        let mut paths = self.finish()?;
+        paths.push(logits.finish()?);
+        Ok(paths)
     }
 
     /// Gives the complete traces their names; their paths.
-    ///
-    /// # Errors
-    /// [`HostError::Trace`] when fewer tokens were run than planned, or a file cannot be completed.
-    pub fn finish(self) -> HostResult<Vec<PathBuf>> {
+    fn finish(self) -> HostResult<Vec<PathBuf>> {
         let finish = |shard: Shard| -> HostResult<PathBuf> {
             shard.writer.finish()?;
             Ok(shard.path)

@@ -1,8 +1,10 @@
-//! The cold tier: full slabs written to page files by a worker thread, so that warm memory can go.
+//! The cold tier: full slabs written to page files by one worker thread, so that warm memory can go, and read ahead by
+//! another, so that a step finds them checked and in memory.
 //!
 //! Every batch of slabs is a page file of its own (append-only: none is changed later), published with its manifest or not
-//! at all. A slab's warm memory is given up only after its file is durable, and only if nobody wrote to the slab meanwhile.
-//! A write that fails leaves the slab warm. The files are working space: they are removed when the tier is dropped, and what
+//! at all, and read back once. A slab's warm memory is given up only after its file is durable, and only if nobody wrote to
+//! the slab meanwhile. A write that fails leaves the slab warm; a read that fails leaves it on disk, where the step that
+//! needs it meets the same error. The files are working space: they are removed when the tier is dropped, and what
 //! a killed process leaves behind can be read with [`recover`]. To keep a sequence, save it.
 
 use std::collections::BTreeMap;
@@ -12,11 +14,14 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
-use super::file::{FileError, MappedSlab, PageFile, PageFileWriter, SlabName, Storage};
-use super::{LentSlab, OwnSlab};
+use super::file::{Damage, FileError, MappedSlab, PageFile, PageFileWriter, SlabName, Storage};
+use super::{LentSlab, OwnSlab, WarmMemory};
 
 /// Batches that wait for the worker at most.
 const QUEUE_BATCHES: usize = 4;
+
+/// Slabs that wait to be read ahead at most.
+const QUEUE_READS: usize = 16;
 
 /// Slabs of one file at most: 8 MiB at d = 128 bf16.
 pub(crate) const BATCH_SLABS: usize = 64;
@@ -52,6 +57,22 @@ pub(crate) struct Spilled<K> {
     pub(crate) result: Result<Vec<Arc<MappedSlab>>, FileError>,
 }
 
+/// One slab to be read ahead.
+pub(crate) struct ReadSlab<K> {
+    pub(crate) key: K,
+    pub(crate) lent: Arc<dyn LentSlab>,
+    /// Where a copy shall be made, and its bytes; `None` = only read and check it.
+    pub(crate) into: Option<(WarmMemory, usize)>,
+}
+
+/// A slab that was read.
+pub(crate) struct ReadBack<K> {
+    pub(crate) key: K,
+    pub(crate) lent: Arc<dyn LentSlab>,
+    /// Its copy, where one was wanted and there was memory.
+    pub(crate) result: Result<Option<OwnSlab>, Damage>,
+}
+
 /// What the cold tier has done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ColdReport {
@@ -61,6 +82,14 @@ pub struct ColdReport {
     pub slabs: u64,
     /// Batches that could not be written; their slabs stayed warm.
     pub failed: u64,
+    /// Slabs whose warm memory was given up.
+    pub released: u64,
+    /// Slabs read ahead and checked.
+    pub read_ahead: u64,
+    /// Of these, copied back into warm memory.
+    pub brought_back: u64,
+    /// Slabs found damaged while they were read ahead.
+    pub damaged: u64,
     /// The last failure, in words.
     pub last_error: Option<String>,
 }
@@ -71,18 +100,21 @@ pub(crate) struct ColdTier<K> {
     limit_bytes: usize,
     jobs: Option<Sender<Job<K>>>,
     done: Receiver<Spilled<K>>,
-    worker: Option<JoinHandle<()>>,
+    reads: Option<Sender<ReadSlab<K>>>,
+    read_back: Receiver<ReadBack<K>>,
+    workers: Vec<JoinHandle<()>>,
     written: Vec<PathBuf>,
     epoch: u64,
     in_flight: usize,
+    reading: usize,
     report: ColdReport,
 }
 
 impl<K: Send + 'static> ColdTier<K> {
-    /// Starts the worker. Files go to `folder`, which must exist.
+    /// Starts the workers. Files go to `folder`, which must exist.
     ///
     /// # Errors
-    /// The system's, when the thread cannot be started.
+    /// The system's, when a thread cannot be started.
     pub(crate) fn open(
         storage: Arc<dyn Storage>,
         folder: &Path,
@@ -90,10 +122,20 @@ impl<K: Send + 'static> ColdTier<K> {
     ) -> std::io::Result<Self> {
         let (jobs, queue) = bounded::<Job<K>>(QUEUE_BATCHES);
         let (answers, done) = bounded(QUEUE_BATCHES + 1);
-        let worker = std::thread::Builder::new().name("floe-cold".into()).spawn(move || {
+        let writer = std::thread::Builder::new().name("floe-cold-write".into()).spawn(move || {
             for job in queue {
                 let result = write(&*storage, &job);
                 if answers.send(Spilled { slabs: job.slabs, result }).is_err() {
+                    break;
+                }
+            }
+        })?;
+        let (reads, queue) = bounded::<ReadSlab<K>>(QUEUE_READS);
+        let (answers, read_back) = bounded(QUEUE_READS + 1);
+        let reader = std::thread::Builder::new().name("floe-cold-read".into()).spawn(move || {
+            for job in queue {
+                let result = read(&job);
+                if answers.send(ReadBack { key: job.key, lent: job.lent, result }).is_err() {
                     break;
                 }
             }
@@ -103,10 +145,13 @@ impl<K: Send + 'static> ColdTier<K> {
             limit_bytes,
             jobs: Some(jobs),
             done,
-            worker: Some(worker),
+            reads: Some(reads),
+            read_back,
+            workers: vec![writer, reader],
             written: Vec::new(),
             epoch: 0,
             in_flight: 0,
+            reading: 0,
             report: ColdReport::default(),
         })
     }
@@ -154,6 +199,39 @@ impl<K: Send + 'static> ColdTier<K> {
         Some(self.book(spilled))
     }
 
+    /// Asks for a slab to be read ahead; false when the queue is full: it is read when a step needs it.
+    pub(crate) fn read_ahead(&mut self, slab: ReadSlab<K>) -> bool {
+        let Some(reads) = self.reads.as_ref().filter(|_| self.reading < QUEUE_READS) else { return false };
+        let sent = reads.try_send(slab).is_ok();
+        self.reading += usize::from(sent);
+        sent
+    }
+
+    /// A slab that was read, if there is one.
+    pub(crate) fn poll_read(&mut self) -> Option<ReadBack<K>> {
+        let back = self.read_back.try_recv().ok()?;
+        self.reading -= 1;
+        match &back.result {
+            Ok(_) => self.report.read_ahead += 1,
+            Err(damage) => {
+                self.report.damaged += 1;
+                self.report.last_error = Some(damage.to_string());
+            }
+        }
+        Some(back)
+    }
+
+    /// Slabs asked for and not taken back.
+    pub(crate) fn reading(&self) -> usize {
+        self.reading
+    }
+
+    /// Counts slabs given up and slabs taken back.
+    pub(crate) fn count(&mut self, released: u64, brought_back: u64) {
+        self.report.released += released;
+        self.report.brought_back += brought_back;
+    }
+
     fn book(&mut self, spilled: Spilled<K>) -> Spilled<K> {
         self.in_flight -= 1;
         match &spilled.result {
@@ -172,9 +250,10 @@ impl<K: Send + 'static> ColdTier<K> {
 
 impl<K> Drop for ColdTier<K> {
     fn drop(&mut self) {
-        self.jobs = None;
+        (self.jobs, self.reads) = (None, None);
         while self.done.recv().is_ok() {}
-        if let Some(worker) = self.worker.take() {
+        while self.read_back.recv().is_ok() {}
+        for worker in self.workers.drain(..) {
             // A worker that panicked has nothing left to hand over.
             let _ = worker.join();
         }
@@ -192,7 +271,15 @@ fn write<K>(storage: &dyn Storage, job: &Job<K>) -> Result<Vec<Arc<MappedSlab>>,
     }
     writer.finish(serde_json::json!({ "kind": "floe-cold/1" }))?;
     let file = PageFile::open(storage, &job.path)?;
+    // Once while the rows are still in memory; the slabs handed out are checked again when somebody reads them.
+    file.verify()?;
     Ok(file.manifest().slabs.iter().map(|entry| file.slab(entry)).collect())
+}
+
+fn read<K>(job: &ReadSlab<K>) -> Result<Option<OwnSlab>, Damage> {
+    job.lent.verify(u16::MAX)?;
+    let copy = job.into.as_ref().map(|(memory, bytes)| OwnSlab::copy_of(memory, *bytes, job.lent.bytes()));
+    Ok(copy.and_then(Result::ok))
 }
 
 /// Newest copy of every slab (by shard and number) in the cold files of a folder, each checked. Drafts and files that are

@@ -4,7 +4,7 @@
 //! slot   Free ──Fetch──> Loading ──Arrive──> Resident ──Evict──> Leaving ──Release──> Free
 //!        Loading ──Fail──> Free
 //! page   Open ──Seal──> Warm ──Write──> Writing ──Durable──> Backed ──Drop──> Cold ──Verify──> Mapped
-//!        Writing ──Fail──> Warm        Cold ──Reject──> Damaged        readable ones ──Reopen──> Open
+//!        Writing ──Fail──> Warm        Mapped ──Load──> Backed        Cold ──Reject──> Damaged        readable ones ──Reopen──> Open
 //! ```
 
 /// State of one slot of the hot tier.
@@ -73,6 +73,8 @@ pub enum PageEvent {
     Verify,
     /// Its checksum was compared and differs.
     Reject,
+    /// It was copied back into memory of our own.
+    Load,
 }
 
 /// An event that the state does not allow: a fault of the caller.
@@ -112,7 +114,7 @@ impl PageLife {
         match (self, event) {
             (Self::Open, PageEvent::Seal) | (Self::Writing, PageEvent::Fail) => Ok(Self::Warm),
             (Self::Warm, PageEvent::Write) => Ok(Self::Writing),
-            (Self::Writing, PageEvent::Durable) => Ok(Self::Backed),
+            (Self::Writing, PageEvent::Durable) | (Self::Mapped, PageEvent::Load) => Ok(Self::Backed),
             (Self::Backed, PageEvent::Drop) => Ok(Self::Cold),
             (Self::Cold | Self::Mapped, PageEvent::Verify) => Ok(Self::Mapped),
             (Self::Cold, PageEvent::Reject) => Ok(Self::Damaged),
@@ -144,7 +146,7 @@ mod tests {
         PageLife::Mapped,
         PageLife::Damaged,
     ];
-    const PAGE_EVENTS: [PageEvent; 8] = [
+    const PAGE_EVENTS: [PageEvent; 9] = [
         PageEvent::Seal,
         PageEvent::Reopen,
         PageEvent::Write,
@@ -153,6 +155,7 @@ mod tests {
         PageEvent::Drop,
         PageEvent::Verify,
         PageEvent::Reject,
+        PageEvent::Load,
     ];
 
     #[test]

@@ -171,6 +171,15 @@ pub(crate) struct OwnSlab {
 }
 
 impl OwnSlab {
+    /// A slab of `bytes` bytes that begins with a copy of `start`.
+    pub(crate) fn copy_of(memory: &WarmMemory, bytes: usize, start: &[u8]) -> Result<Self, NoMemory> {
+        let own = memory.allocate(bytes)?;
+        assert!(start.len() <= bytes, "a slab holds its rows");
+        // SAFETY: fresh memory of at least that many bytes, which nobody else knows.
+        unsafe { std::ptr::copy_nonoverlapping(start.as_ptr(), own.memory.start().as_ptr(), start.len()) };
+        Ok(own)
+    }
+
     /// All of the slab.
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: the memory's promises. Writes need `&mut` to the only owner (`Slab::elems_mut`).
@@ -188,7 +197,7 @@ impl Drop for OwnSlab {
 #[derive(Clone, Debug)]
 pub(crate) enum Slab<E> {
     /// Memory of our own; more than one owner after a fork.
-    Own(Elems<E>),
+    Own(OwnRows<E>),
     /// Somebody else's memory.
     Lent(Arc<dyn LentSlab>),
 }
@@ -196,27 +205,39 @@ pub(crate) enum Slab<E> {
 /// Elements in a slab of our own. The address stands here a second time so that reading a row does not touch the owner's
 /// cache line first.
 #[derive(Clone, Debug)]
-pub(crate) struct Elems<E> {
+pub(crate) struct OwnRows<E> {
     start: NonNull<E>,
     len: usize,
     owner: Arc<OwnSlab>,
+    /// The same rows on disk, durable; given up by the first write.
+    backing: Option<Arc<dyn LentSlab>>,
 }
 
 // SAFETY: the owner is `Send + Sync` and elements are plain data; access follows the borrow of the slab.
-unsafe impl<E: Send + Sync> Send for Elems<E> {}
+unsafe impl<E: Send + Sync> Send for OwnRows<E> {}
 // SAFETY: as for Send.
-unsafe impl<E: Send + Sync> Sync for Elems<E> {}
+unsafe impl<E: Send + Sync> Sync for OwnRows<E> {}
 
-impl<E: KvElem> Elems<E> {
-    fn new(owner: OwnSlab) -> Self {
+impl<E: KvElem> OwnRows<E> {
+    pub(crate) fn new(owner: OwnSlab, backing: Option<Arc<dyn LentSlab>>) -> Self {
         let start = owner.memory.start().cast::<E>();
         assert!(start.is_aligned() && align_of::<E>() <= SLAB_ALIGN, "a source's promise");
-        Self { start, len: owner.bytes / size_of::<E>(), owner: Arc::new(owner) }
+        Self { start, len: owner.bytes / size_of::<E>(), owner: Arc::new(owner), backing }
     }
 
     /// The owner of the memory.
     pub(crate) fn owner(&self) -> &Arc<OwnSlab> {
         &self.owner
+    }
+
+    /// The same rows on disk, if they are there.
+    pub(crate) fn backing(&self) -> Option<&Arc<dyn LentSlab>> {
+        self.backing.as_ref()
+    }
+
+    /// Notes that the rows are durable on disk.
+    pub(crate) fn back(&mut self, lent: Arc<dyn LentSlab>) {
+        self.backing = Some(lent);
     }
 
     #[inline]
@@ -229,6 +250,7 @@ impl<E: KvElem> Elems<E> {
     /// The elements for writing, if nobody else sees them.
     fn get_mut(&mut self) -> Option<&mut [E]> {
         Arc::get_mut(&mut self.owner)?;
+        self.backing = None;
         // SAFETY: as in `get`; the owner has no other handle, so no other reference into the memory exists.
         Some(unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) })
     }
@@ -237,7 +259,7 @@ impl<E: KvElem> Elems<E> {
 impl<E: KvElem> Slab<E> {
     /// A slab of `elems` elements, contents unspecified.
     pub(crate) fn allocate(memory: &WarmMemory, elems: usize) -> Result<Self, NoMemory> {
-        Ok(Self::Own(Elems::new(memory.allocate(elems * size_of::<E>())?)))
+        Ok(Self::Own(OwnRows::new(memory.allocate(elems * size_of::<E>())?, None)))
     }
 
     #[inline]
@@ -264,11 +286,9 @@ impl<E: KvElem> Slab<E> {
     }
 
     /// The same elements in memory of our own, room for `elems`.
-    pub(crate) fn copied(&self, memory: &WarmMemory, elems: usize) -> Result<Self, NoMemory> {
-        let mut copy = Elems::new(memory.allocate(elems * size_of::<E>())?);
-        let old = self.elems();
-        copy.get_mut().expect("just made")[..old.len()].copy_from_slice(old);
-        Ok(Self::Own(copy))
+    fn copied(&self, memory: &WarmMemory, elems: usize) -> Result<Self, NoMemory> {
+        let bytes = bytemuck::cast_slice(self.elems());
+        Ok(Self::Own(OwnRows::new(OwnSlab::copy_of(memory, elems * size_of::<E>(), bytes)?, None)))
     }
 
     /// Address of the first element for the backend's device.

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use super::cold::SlabBytes;
 use super::file::Damage;
-use super::{LentSlab, Slab, WarmMemory};
+use super::{LentSlab, OwnRows, OwnSlab, Slab, WarmMemory};
 use crate::error::Result;
 use crate::ids::TokenPos;
 use crate::shape::{KvDtype, PAGE_TOKENS, PageShape};
@@ -94,6 +94,17 @@ impl<E: KvElem> KvRows for PageSlabs<E> {
     fn run(&self, first: usize) -> &[E] {
         &self.slabs[first / SLAB_ROWS].elems()[first % SLAB_ROWS * 2 * self.head_dim..]
     }
+}
+
+/// Where a slab lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlabKind {
+    /// In memory of our own only.
+    Own,
+    /// In memory of our own, and durable on disk.
+    Backed,
+    /// In a file.
+    Lent,
 }
 
 /// Stored keys and values of one shard, whatever their element type.
@@ -194,10 +205,12 @@ impl ShardPages {
     /// # Panics
     /// When there is no such slab.
     pub fn make_warm(&mut self, slab: usize) -> Result<()> {
+        let bytes = self.slab_size_bytes();
         with_rows!(self, rows => {
             if let Slab::Lent(lent) = &rows.slabs[slab] {
                 lent.verify(u16::MAX)?;
-                rows.slabs[slab] = rows.slabs[slab].copied(&rows.memory, SLAB_ROWS * 2 * rows.head_dim)?;
+                let own = OwnSlab::copy_of(&rows.memory, bytes, lent.bytes())?;
+                rows.slabs[slab] = Slab::Own(OwnRows::new(own, Some(lent.clone())));
             }
         });
         Ok(())
@@ -208,10 +221,31 @@ impl ShardPages {
         page as usize / SLAB_PAGES
     }
 
-    /// Whether a slab is full and in memory of our own.
-    pub(crate) fn can_spill(&self, slab: usize) -> bool {
-        (slab + 1) * SLAB_ROWS <= self.num_tokens()
-            && with_rows!(self, rows => matches!(rows.slabs[slab], Slab::Own(_)))
+    /// Bytes of a slab in memory of our own.
+    pub(crate) fn slab_size_bytes(&self) -> usize {
+        SLAB_ROWS * self.shape().row_bytes()
+    }
+
+    /// Slabs whose rows are all there.
+    pub(crate) fn num_full_slabs(&self) -> usize {
+        self.num_tokens() / SLAB_ROWS
+    }
+
+    /// Where a slab lies.
+    pub(crate) fn slab_kind(&self, slab: usize) -> SlabKind {
+        with_rows!(self, rows => match &rows.slabs[slab] {
+            Slab::Own(own) if own.backing().is_some() => SlabKind::Backed,
+            Slab::Own(_) => SlabKind::Own,
+            Slab::Lent(_) => SlabKind::Lent,
+        })
+    }
+
+    /// A slab that lies in a file.
+    pub(crate) fn lent_slab(&self, slab: usize) -> Option<Arc<dyn LentSlab>> {
+        with_rows!(self, rows => match rows.slabs.get(slab) {
+            Some(Slab::Lent(lent)) => Some(lent.clone()),
+            _ => None,
+        })
     }
 
     /// Rows of a slab of our own and a handle that keeps its bytes alive and unchanged.
@@ -222,14 +256,44 @@ impl ShardPages {
         })
     }
 
-    /// Puts a lent slab in place of our own, if that is still the one that `written` keeps alive.
-    pub(crate) fn replace(&mut self, slab: usize, written: &dyn SlabBytes, lent: Arc<dyn LentSlab>) {
-        with_rows!(self, rows => if let Some(own @ Slab::Own(_)) = rows.slabs.get_mut(slab) {
-            let bytes: &[u8] = bytemuck::cast_slice(own.elems());
-            if std::ptr::eq(bytes, written.bytes()) {
-                *own = Slab::Lent(lent);
+    /// Notes that a slab of our own is durable as `lent`, if it still is the one that `written` keeps alive. Returns whether.
+    pub(crate) fn back(&mut self, slab: usize, written: &dyn SlabBytes, lent: &Arc<dyn LentSlab>) -> bool {
+        let full = slab < self.num_full_slabs();
+        with_rows!(self, rows => match rows.slabs.get_mut(slab) {
+            Some(Slab::Own(own)) if full && std::ptr::eq(own.owner().bytes(), written.bytes()) => {
+                own.back(lent.clone());
+                true
             }
-        });
+            _ => false,
+        })
+    }
+
+    /// Gives up the memory of a slab that is durable; it is read from the file from now on. Returns whether it was.
+    pub(crate) fn drop_warm(&mut self, slab: usize) -> bool {
+        with_rows!(self, rows => match rows.slabs.get_mut(slab) {
+            Some(place) => {
+                let Slab::Own(own) = &*place else { return false };
+                let Some(lent) = own.backing().cloned() else { return false };
+                *place = Slab::Lent(lent);
+                true
+            }
+            None => false,
+        })
+    }
+
+    /// Takes in a copy of a slab that lies in a file, if it still does. Returns whether.
+    pub(crate) fn adopt(&mut self, slab: usize, lent: &Arc<dyn LentSlab>, copy: OwnSlab) -> bool {
+        with_rows!(self, rows => match rows.slabs.get_mut(slab) {
+            Some(place) => {
+                let Slab::Lent(now) = &*place else { return false };
+                if !Arc::ptr_eq(now, lent) {
+                    return false;
+                }
+                *place = Slab::Own(OwnRows::new(copy, Some(lent.clone())));
+                true
+            }
+            None => false,
+        })
     }
 
     /// Rows in memory that others own, slab after slab with the rows filled in each; `None` when a size does not fit.

@@ -16,6 +16,11 @@ impl Clock {
 }
 
 impl Eviction for Clock {
+    fn grow(&mut self, num_slots: usize) {
+        self.used.resize(num_slots.max(self.used.len()), false);
+        self.taken.resize(self.used.len(), false);
+    }
+
     fn admit(&mut self, slot: u32, _first: Use) {
         self.used[slot as usize] = false;
     }

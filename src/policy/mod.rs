@@ -25,6 +25,9 @@ pub struct Use {
 
 /// Names victims among slots from facts only: no clock, no randomness, ties by slot number. One per hot tier.
 pub trait Eviction: Send + Sync {
+    /// Makes room for slots up to `num_slots`; those there are keep what is known of them.
+    fn grow(&mut self, num_slots: usize);
+
     /// Slot `slot` received a unit.
     fn admit(&mut self, slot: u32, first: Use);
 

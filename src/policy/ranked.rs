@@ -44,6 +44,10 @@ impl Ranked {
 }
 
 impl Eviction for Ranked {
+    fn grow(&mut self, num_slots: usize) {
+        self.facts.resize(num_slots.max(self.facts.len()), Facts::default());
+    }
+
     fn admit(&mut self, slot: u32, first: Use) {
         self.facts[slot as usize] = Facts { last_step: first.step, uses: 1, mass: first.mass };
     }

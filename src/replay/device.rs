@@ -7,6 +7,7 @@ use super::{MeasuredStep, ReplayError, run::Run, truth::Truth};
 use crate::config::{Config, HotConfig};
 use crate::gpu::{GpuEngine, GpuOptions, HostLayerStep};
 use crate::ids::LayerId;
+use crate::reuse::{ReuseReport, ReuseSummary};
 use crate::shape::{PAGE_TOKENS, PageShape};
 use crate::trace::Trace;
 use crate::view::TensorView;
@@ -50,6 +51,9 @@ pub(super) fn run(
         kv_bytes_read: Vec::with_capacity(steps.len()),
         index_bytes_read: Vec::with_capacity(steps.len()),
         pages_read: Vec::with_capacity(steps.len()),
+        // The device does not reuse.
+        reuse: vec![ReuseReport::default(); steps.len()],
+        learnt: ReuseSummary::default(),
         index_bytes: 0,
         kv_bytes: meta.num_tokens * shape.row_bytes(),
     };

@@ -8,6 +8,8 @@
 #[cfg(feature = "cuda")]
 mod device;
 mod render;
+mod reuse;
+mod reuse_render;
 mod run;
 mod summary;
 mod truth;
@@ -15,6 +17,7 @@ mod truth;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use render::{html, tables};
+pub use reuse::{Errors, ReuseRow, Stretch, average_reuse, reuse_rows};
 pub use run::Run;
 pub use summary::{REPLAY_SCHEMA, ReplayRow, average, summarise};
 
@@ -31,6 +34,8 @@ pub struct ReplayPlan {
     pub policies: Vec<Policy>,
     /// Budgets, tokens attended exactly per kv head and step.
     pub budgets: Vec<usize>,
+    /// Where the prefill ends.
+    pub decode_from: DecodeFrom,
     /// Segments to measure; empty = all that lie in the decoded part.
     pub segments: Vec<String>,
     /// Measure at most this many queries, evenly spaced over the segments; 0 = all.
@@ -41,6 +46,16 @@ pub struct ReplayPlan {
     pub threads: usize,
     /// Where attention runs.
     pub backend: Backend,
+}
+
+/// First position that is decoded rather than prefilled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DecodeFrom {
+    /// Where the trace says that the prompt ended.
+    #[default]
+    IndexUntil,
+    /// The first recorded query: as many steps as the trace can give, for what learns as it decodes.
+    FirstQuery,
 }
 
 /// A replay that cannot be done as asked.
@@ -102,6 +117,8 @@ pub struct TraceReplay {
     pub trace: String,
     /// Names of the measured segments, in order of position.
     pub segments: Vec<String>,
+    /// Positions before this one were prefilled.
+    pub prefilled: usize,
     /// Measured steps, in order of position.
     pub steps: Vec<MeasuredStep>,
     /// One run per policy and budget, policies outermost.
@@ -122,7 +139,12 @@ pub fn replay(
             return Err(ReplayError::Empty { field });
         }
     }
-    let (segments, steps) = measured_steps(trace, plan)?;
+    let meta = trace.meta();
+    let prefilled = match plan.decode_from {
+        DecodeFrom::IndexUntil => meta.index_until,
+        DecodeFrom::FirstQuery => meta.index_until.min(meta.first_query_pos),
+    };
+    let (segments, steps) = measured_steps(trace, plan, prefilled)?;
     let jobs: Vec<Config> = plan
         .policies
         .iter()
@@ -135,7 +157,7 @@ pub fn replay(
     let on_device = plan.backend == Backend::Cuda;
     let runs = in_parallel(if on_device { 1 } else { threads(plan.threads) }, &jobs, |config| {
         let run = match plan.backend {
-            Backend::Cpu => run::run(trace, &steps, &truth, config),
+            Backend::Cpu => run::run(trace, (prefilled, &steps), &truth, config),
             #[cfg(feature = "cuda")]
             Backend::Cuda => device::run(trace, &steps, &truth, config),
             #[cfg(not(feature = "cuda"))]
@@ -146,7 +168,7 @@ pub fn replay(
         progress();
         run
     })?;
-    Ok(TraceReplay { trace: trace.name(), segments, steps, runs })
+    Ok(TraceReplay { trace: trace.name(), segments, prefilled, steps, runs })
 }
 
 /// Number of runs that [`replay`] reports progress for.
@@ -167,9 +189,13 @@ pub(crate) fn threads(asked: usize) -> usize {
 }
 
 /// Segments and steps to measure: recorded queries at or after `index_until` that lie in a wanted segment.
-fn measured_steps(trace: &Trace, plan: &ReplayPlan) -> Result<(Vec<String>, Vec<MeasuredStep>), ReplayError> {
+fn measured_steps(
+    trace: &Trace,
+    plan: &ReplayPlan,
+    prefilled: usize,
+) -> Result<(Vec<String>, Vec<MeasuredStep>), ReplayError> {
     let meta = trace.meta();
-    let first = meta.index_until.max(meta.first_query_pos);
+    let first = prefilled.max(meta.first_query_pos);
     let last = meta.first_query_pos + meta.num_queries;
     let decoded: Vec<_> = meta.segments.iter().filter(|s| s.start.max(first) < s.end.min(last)).collect();
     for wanted in &plan.segments {
@@ -192,7 +218,7 @@ fn measured_steps(trace: &Trace, plan: &ReplayPlan) -> Result<(Vec<String>, Vec<
     }
     steps.sort_by_key(|s| s.position);
     if steps.is_empty() {
-        return Err(ReplayError::NoQueries { trace: trace.name(), index_until: meta.index_until });
+        return Err(ReplayError::NoQueries { trace: trace.name(), index_until: prefilled });
     }
     if plan.max_queries > 0 && plan.max_queries < steps.len() {
         let (n, k) = (steps.len(), plan.max_queries);

@@ -1,5 +1,6 @@
 //! Replays as tables and as a page.
 
+use super::reuse_render::{reuse_section, reuse_table};
 use super::summary::{ReplayRow, average, summarise};
 use super::{Run, TraceReplay};
 use crate::report::chart::{Axis, Point, Series, XyChart};
@@ -20,6 +21,7 @@ pub fn tables(replays: &[TraceReplay]) -> Vec<(String, Table)> {
         let rows: Vec<ReplayRow> = replays.iter().flat_map(summarise).collect();
         tables.push((format!("average of {} traces", replays.len()), table(&average(&rows), &mut inks)));
     }
+    tables.extend(reuse_table(replays, &mut inks));
     tables
 }
 
@@ -105,6 +107,9 @@ pub fn html(replays: &[TraceReplay], command: &str) -> String {
         let rows: Vec<ReplayRow> = replays.iter().flat_map(summarise).collect();
         let heading = format!("Average of {} traces", replays.len());
         page = page.section(section(&heading, &average(&rows), &mut inks));
+    }
+    if let Some(section) = reuse_section(replays, &mut inks) {
+        page = page.section(section);
     }
     page.to_html()
 }
@@ -193,7 +198,7 @@ fn bytes_kept(rows: &[&ReplayRow], inks: &mut Inks) -> XyChart {
     chart.with_legend()
 }
 
-fn error_axis() -> Axis {
+pub(super) fn error_axis() -> Axis {
     Axis::log10("mean relative error").format(NumberFormat::Significant(3))
 }
 
@@ -238,10 +243,11 @@ fn positions(replay: &TraceReplay, inks: &mut Inks) -> Vec<Figure> {
 }
 
 fn is_own(policy: &str) -> bool {
-    policy == "floe" || policy.starts_with("floe:")
+    let name = policy.split(':').next().unwrap_or_default();
+    matches!(name, "floe" | "reuse")
 }
 
-fn ink(inks: &mut Inks, policy: &str) -> crate::report::Ink {
+pub(super) fn ink(inks: &mut Inks, policy: &str) -> crate::report::Ink {
     match policy {
         "full" | "oracle" => inks.reference(policy),
         own if is_own(own) => inks.own(own),

@@ -4,6 +4,7 @@ use super::{MeasuredStep, ReplayError, truth::Truth};
 use crate::config::Config;
 use crate::engine::{DecodeStep, Engine};
 use crate::ids::LayerId;
+use crate::reuse::{ReuseReport, ReuseSummary};
 use crate::step::StepReport;
 use crate::trace::Trace;
 use crate::view::TensorView;
@@ -29,6 +30,10 @@ pub struct Run {
     pub index_bytes_read: Vec<usize>,
     /// Pages that hold the attended tokens, `[steps]`.
     pub pages_read: Vec<usize>,
+    /// What the reuse cache did, `[steps]`.
+    pub reuse: Vec<ReuseReport>,
+    /// What it had learnt at the end of the run.
+    pub learnt: ReuseSummary,
     /// Bytes kept beside the exact keys and values at the end of the run.
     pub index_bytes: usize,
     /// Bytes of the exact keys and values at the end of the run.
@@ -37,7 +42,7 @@ pub struct Run {
 
 pub(super) fn run(
     trace: &Trace,
-    steps: &[MeasuredStep],
+    (prefilled, steps): (usize, &[MeasuredStep]),
     truth: &Truth,
     config: &Config,
 ) -> Result<Run, ReplayError> {
@@ -51,7 +56,7 @@ pub(super) fn run(
         let k = TensorView::contiguous(&trace.k()[range.clone()], shape)?;
         Ok((k, TensorView::contiguous(&trace.v()[range], shape)?))
     };
-    let (k, v) = rows(0, meta.index_until)?;
+    let (k, v) = rows(0, prefilled)?;
     engine.prefill(seq, layer, &k, &v)?;
     engine.publish(seq)?;
 
@@ -65,6 +70,8 @@ pub(super) fn run(
         kv_bytes_read: Vec::with_capacity(steps.len()),
         index_bytes_read: Vec::with_capacity(steps.len()),
         pages_read: Vec::with_capacity(steps.len()),
+        reuse: Vec::with_capacity(steps.len()),
+        learnt: ReuseSummary::default(),
         index_bytes: 0,
         kv_bytes: 0,
     };
@@ -96,7 +103,9 @@ pub(super) fn run(
         run.kv_bytes_read.push(shard.kv_bytes_read);
         run.index_bytes_read.push(shard.index_bytes_read);
         run.pages_read.push(shard.pages_touched);
+        run.reuse.push(shard.reuse);
     }
+    run.learnt = engine.reuse_summary(seq, layer)?.pop().unwrap_or_default();
     let memory = engine.memory(seq)?;
     (run.index_bytes, run.kv_bytes) = (memory.index_bytes, memory.kv_bytes);
     Ok(run)

@@ -125,13 +125,13 @@ pub fn average(rows: &[ReplayRow]) -> Vec<ReplayRow> {
         .collect()
 }
 
-fn mean(values: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn mean(values: impl Iterator<Item = f64>) -> f64 {
     let (sum, n) = values.fold((0.0, 0usize), |(sum, n), x| (sum + x, n + 1));
     if n == 0 { 0.0 } else { sum / n as f64 }
 }
 
 /// Percentile with linear interpolation between neighbours (numpy's default), of ascending values.
-fn percentile(sorted: &[f64], share: f64) -> f64 {
+pub(super) fn percentile(sorted: &[f64], share: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
     let place = share * last as f64;
     let (low, high) = (place.floor() as usize, place.ceil() as usize);

@@ -4,7 +4,9 @@ use std::str::FromStr;
 
 use floe_cuda::cpu::quant::QuantKind;
 use floe_index::sketch::SketchConfig;
-use floe_index::{Tail, Unit};
+use floe_index::{DETAIL, Tail, Unit};
+
+use crate::reuse::{CalibratedOptions, MacOptions, ReuseKind};
 
 /// Newest tokens that `kivi2` keeps exact: as many as the default window, within the 32 to 128 that KIVI uses.
 const KIVI_RESIDUAL: usize = 64;
@@ -14,6 +16,7 @@ const KIVI_RESIDUAL: usize = 64;
 pub struct Policy {
     spec: String,
     kind: PolicyKind,
+    reuse: ReuseKind,
 }
 
 /// The policies of DESIGN section 5.
@@ -50,15 +53,25 @@ pub struct IndexOptions {
     pub unit: Unit,
     /// `open`: fraction of the super-nodes that a search may open, in (0, 1].
     pub open: f32,
+    /// `open_mass`: super-nodes whose average token may hold at most this many times the mass of an average token stay unopened.
+    pub open_mass: f32,
+    /// `detail`: pages whose average token may hold more than this many times the mass of an average token are told apart into
+    /// tokens by the sketch.
+    pub detail: f32,
 }
 
 impl IndexOptions {
     /// `floe` alone: the most accurate sketch within 17 % of the KV's bytes (bench/README.md has the curve).
-    pub const FLOE: Self =
-        Self { tail: Tail::Tree, sketch: SketchConfig::K2V1, unit: Unit::Token, open: 1.0 };
+    pub const FLOE: Self = Self { tail: Tail::Tree, sketch: SketchConfig::K2V1, ..Self::PAGEMEAN };
     /// `pagemean` alone: top pages, nothing else.
-    pub const PAGEMEAN: Self =
-        Self { tail: Tail::Off, sketch: SketchConfig::OFF, unit: Unit::Token, open: 1.0 };
+    pub const PAGEMEAN: Self = Self {
+        tail: Tail::Off,
+        sketch: SketchConfig::OFF,
+        unit: Unit::Token,
+        open: 1.0,
+        open_mass: 0.0,
+        detail: DETAIL,
+    };
 }
 
 /// A policy text that cannot be understood.
@@ -66,7 +79,7 @@ impl IndexOptions {
 pub enum SpecError {
     /// No policy of that name.
     #[error(
-        "policy `{0}`: unknown name; known are full, window, quest, pagemean, icecache, hnsw, oracle, floe, int8, int4, kivi2"
+        "policy `{0}`: unknown name; known are full, window, quest, pagemean, icecache, hnsw, oracle, floe, int8, int4, kivi2, mac, reuse"
     )]
     Name(String),
     /// The policy has no such option.
@@ -108,7 +121,19 @@ impl Policy {
         &self.spec
     }
 
-    /// Whether the policy is exact attention.
+    /// What earlier steps may answer for.
+    #[must_use]
+    pub fn reuse(&self) -> &ReuseKind {
+        &self.reuse
+    }
+
+    /// The same selection with another reuse. [`crate::Config::validate`] checks its fields.
+    #[must_use]
+    pub fn with_reuse(self, reuse: ReuseKind) -> Self {
+        Self { reuse, ..self }
+    }
+
+    /// Whether a step without reuse is exact attention.
     #[must_use]
     pub fn is_exact(&self) -> bool {
         self.kind == PolicyKind::Full
@@ -123,7 +148,7 @@ impl Policy {
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { spec: "floe".into(), kind: PolicyKind::Floe(IndexOptions::FLOE) }
+        Self { spec: "floe".into(), kind: PolicyKind::Floe(IndexOptions::FLOE), reuse: ReuseKind::Off }
     }
 }
 
@@ -140,6 +165,7 @@ impl FromStr for Policy {
         let (name, options) = spec.split_once(':').unwrap_or((spec, ""));
         let plain =
             |kind| if options.is_empty() { Ok(kind) } else { Err(unknown_key(name, options, "no options")) };
+        let mut reuse = ReuseKind::Off;
         let kind = match name {
             "full" => plain(PolicyKind::Full)?,
             "window" => plain(PolicyKind::Window)?,
@@ -150,11 +176,21 @@ impl FromStr for Policy {
             "int8" => plain(PolicyKind::Quantised(QuantKind::Int8))?,
             "int4" => plain(PolicyKind::Quantised(QuantKind::Int4))?,
             "kivi2" => plain(PolicyKind::Quantised(QuantKind::Kivi2 { residual: KIVI_RESIDUAL }))?,
-            "pagemean" => PolicyKind::PageMean(index_options(name, options, IndexOptions::PAGEMEAN)?),
-            "floe" => PolicyKind::Floe(index_options(name, options, IndexOptions::FLOE)?),
+            "pagemean" => {
+                PolicyKind::PageMean(index_options(name, options, (IndexOptions::PAGEMEAN, &mut reuse))?)
+            }
+            "floe" => PolicyKind::Floe(index_options(name, options, (IndexOptions::FLOE, &mut reuse))?),
+            "mac" => {
+                reuse = ReuseKind::Mac(mac_options(name, options)?);
+                PolicyKind::Full
+            }
+            "reuse" => {
+                reuse = ReuseKind::Calibrated(calibrated_options(name, options)?);
+                PolicyKind::Full
+            }
             _ => return Err(SpecError::Name(name.into())),
         };
-        Ok(Self { spec: spec.into(), kind })
+        Ok(Self { spec: spec.into(), kind, reuse })
     }
 }
 
@@ -163,41 +199,133 @@ fn unknown_key(policy: &str, options: &str, known: &'static str) -> SpecError {
     SpecError::Key { policy: policy.into(), key: key.into(), known }
 }
 
-fn index_options(policy: &str, options: &str, defaults: IndexOptions) -> Result<IndexOptions, SpecError> {
-    let mut parsed = defaults;
-    let mut seen: Vec<&str> = Vec::new();
+/// The `key=value` pairs of a policy; a key given twice is refused.
+fn pairs<'a>(policy: &'a str, options: &'a str) -> Result<Vec<Pair<'a>>, SpecError> {
+    let mut pairs: Vec<Pair<'a>> = Vec::new();
     for option in options.split(',').filter(|o| !o.is_empty()) {
         let (key, value) = option.split_once('=').unwrap_or((option, ""));
-        if seen.contains(&key) {
+        if pairs.iter().any(|pair| pair.key == key) {
             return Err(SpecError::Twice { policy: policy.into(), key: key.into() });
         }
-        seen.push(key);
-        let refuse =
-            |known| SpecError::Value { policy: policy.into(), key: key.into(), value: value.into(), known };
-        match key {
+        pairs.push(Pair { policy, key, value });
+    }
+    Ok(pairs)
+}
+
+#[derive(Clone, Copy)]
+struct Pair<'a> {
+    policy: &'a str,
+    key: &'a str,
+    value: &'a str,
+}
+
+impl Pair<'_> {
+    fn refuse(&self, known: &'static str) -> SpecError {
+        let (policy, key, value) = (self.policy.into(), self.key.into(), self.value.into());
+        SpecError::Value { policy, key, value, known }
+    }
+
+    /// The value as a number that `within` holds for.
+    fn number<T: FromStr>(&self, known: &'static str, within: impl Fn(&T) -> bool) -> Result<T, SpecError> {
+        self.value.parse::<T>().ok().filter(within).ok_or_else(|| self.refuse(known))
+    }
+}
+
+fn index_options(
+    policy: &str,
+    options: &str,
+    (defaults, reuse): (IndexOptions, &mut ReuseKind),
+) -> Result<IndexOptions, SpecError> {
+    let mut parsed = defaults;
+    let (mut on, mut bound) = (None, None);
+    for pair in pairs(policy, options)? {
+        match pair.key {
             "tail" => {
-                parsed.tail = match value {
+                parsed.tail = match pair.value {
                     "off" => Tail::Off,
                     "page" => Tail::Page,
                     "tree" => Tail::Tree,
-                    _ => return Err(refuse("off, page, tree")),
+                    _ => return Err(pair.refuse("off, page, tree")),
                 }
             }
             "sketch" => {
-                parsed.sketch = value.parse().map_err(|_| refuse("off, k1, k2, k1v1, k2v1, k2v2, k4v2"))?;
+                let sketch = pair.value.parse();
+                parsed.sketch = sketch.map_err(|_| pair.refuse("off, k1, k2, k1v1, k2v1, k2v2, k4v2"))?;
             }
             "unit" => {
-                parsed.unit = match value {
+                parsed.unit = match pair.value {
                     "page" => Unit::Page,
                     "token" => Unit::Token,
-                    _ => return Err(refuse("page, token")),
+                    _ => return Err(pair.refuse("page, token")),
                 }
             }
-            "open" => {
-                let fraction = value.parse::<f32>().ok().filter(|f| *f > 0.0 && *f <= 1.0);
-                parsed.open = fraction.ok_or_else(|| refuse("a number in (0, 1]"))?;
+            "open" => parsed.open = pair.number("a number in (0, 1]", |f| *f > 0.0 && *f <= 1.0)?,
+            "open_mass" => parsed.open_mass = pair.number("a number of at least 0", is_multiple)?,
+            "detail" => parsed.detail = pair.number("a number of at least 0", is_multiple)?,
+            "reuse" => {
+                on = Some(match pair.value {
+                    "on" => true,
+                    "off" => false,
+                    _ => return Err(pair.refuse("on, off")),
+                });
             }
-            _ => return Err(unknown_key(policy, key, "tail, sketch, unit, open")),
+            "max_error" => bound = Some((pair, pair.number("a number in (0, 1)", is_share)?)),
+            _ => {
+                let known = "tail, sketch, unit, open, open_mass, detail, reuse, max_error";
+                return Err(unknown_key(policy, pair.key, known));
+            }
+        }
+    }
+    match (on, bound) {
+        (Some(true), bound) => {
+            let defaults = CalibratedOptions::default();
+            let max_error = bound.map_or(defaults.max_error, |(_, max_error)| max_error);
+            *reuse = ReuseKind::Calibrated(CalibratedOptions { max_error, ..defaults });
+        }
+        (_, Some((pair, _))) => return Err(pair.refuse("a number only beside reuse=on")),
+        (_, None) => {}
+    }
+    Ok(parsed)
+}
+
+fn is_multiple(x: &f32) -> bool {
+    *x >= 0.0 && x.is_finite()
+}
+
+fn is_share(x: &f32) -> bool {
+    *x > 0.0 && *x < 1.0
+}
+
+/// Ranges are those of [`ReuseKind::validate`], which has the last word.
+fn mac_options(policy: &str, options: &str) -> Result<MacOptions, SpecError> {
+    let mut parsed = MacOptions::default();
+    for pair in pairs(policy, options)? {
+        match pair.key {
+            "tau" => parsed.tau = pair.number("a number in [0, 1]", |x| (0.0..=1.0).contains(x))?,
+            "ring" => parsed.ring = pair.number("a number of steps", |x| *x > 0)?,
+            "band" => parsed.band = pair.number("a number of tokens", |x| *x > 0)?,
+            "sinks" => parsed.sinks = pair.number("a number of tokens", |_| true)?,
+            "min" => parsed.min_tokens = pair.number("a number of tokens", |_| true)?,
+            _ => return Err(unknown_key(policy, pair.key, "tau, ring, band, sinks, min")),
+        }
+    }
+    Ok(parsed)
+}
+
+fn calibrated_options(policy: &str, options: &str) -> Result<CalibratedOptions, SpecError> {
+    let mut parsed = CalibratedOptions::default();
+    for pair in pairs(policy, options)? {
+        match pair.key {
+            "max_error" => parsed.max_error = pair.number("a number in (0, 1)", is_share)?,
+            "lottery" => parsed.lottery = pair.number("a number in [0, 0.5]", |x| (0.0..=0.5).contains(x))?,
+            "anchors" => parsed.anchors = pair.number("a number of steps", |x| *x > 0)?,
+            "refresh" => parsed.refresh = pair.number("a number of steps", |x| *x > 0)?,
+            "labels" => parsed.labels = pair.number("a number of at least 32", |x| *x >= 32)?,
+            "min" => parsed.min_tokens = pair.number("a number of tokens", |_| true)?,
+            _ => {
+                let known = "max_error, lottery, anchors, refresh, labels, min";
+                return Err(unknown_key(policy, pair.key, known));
+            }
         }
     }
     Ok(parsed)
@@ -224,6 +352,11 @@ mod tests {
             "floe:tail=off",
             "pagemean:sketch=k1,tail=page",
             "floe:tail=tree,sketch=k2v2,unit=token,open=0.25",
+            "floe:open_mass=0.1,detail=1",
+            "floe:reuse=on,max_error=0.1",
+            "mac",
+            "mac:tau=0.75,ring=1024,band=128,sinks=4,min=0",
+            "reuse:max_error=0.02,lottery=0.01,anchors=4,refresh=8,labels=128,min=512",
         ] {
             assert_eq!(spec.parse::<Policy>().unwrap().to_string(), spec);
         }
@@ -232,6 +365,11 @@ mod tests {
             unreachable!()
         };
         assert_eq!(options.tail, Tail::Off);
+        let reuse = |spec: &str| *spec.parse::<Policy>().unwrap().reuse();
+        assert_eq!(reuse("floe:reuse=off"), ReuseKind::Off);
+        assert_eq!(reuse("mac:tau=0.45"), ReuseKind::Mac(MacOptions::default()));
+        assert_eq!(reuse("reuse:max_error=0.05"), ReuseKind::Calibrated(CalibratedOptions::default()));
+        assert_eq!(reuse("pagemean:reuse=on"), ReuseKind::Calibrated(CalibratedOptions::default()));
     }
 
     #[test]
@@ -243,8 +381,16 @@ mod tests {
             ("floe:tial=page", vec!["floe", "tial"]),
             ("floe:sketch=k3", vec!["sketch", "k3", "k2v1"]),
             ("floe:open=0", vec!["open", "`0`", "(0, 1]"]),
+            ("floe:open_mass=-1", vec!["open_mass", "`-1`", "at least 0"]),
+            ("floe:detail=inf", vec!["detail", "`inf`", "at least 0"]),
             ("pagemean:unit=word", vec!["pagemean", "unit", "word"]),
             ("floe:tail=page,tail=off", vec!["twice"]),
+            ("floe:reuse=yes", vec!["reuse", "yes", "on, off"]),
+            ("floe:max_error=0.1", vec!["max_error", "reuse=on"]),
+            ("mac:tau=2", vec!["tau", "`2`", "[0, 1]"]),
+            ("mac:tua=2", vec!["mac", "tua", "ring"]),
+            ("reuse:max_error=0", vec!["max_error", "(0, 1)"]),
+            ("reuse:labels=3", vec!["labels", "32"]),
         ] {
             let message = spec.parse::<Policy>().unwrap_err().to_string();
             assert!(words.iter().all(|w| message.contains(w)), "{spec}: {message}");

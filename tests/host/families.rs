@@ -3,7 +3,7 @@
 use candle_core::quantized::gguf_file::Value;
 use floe::KvDtype;
 use floe::host::{
-    CandleAttention, CandleKv, FloeBackend, HostError, KvBackend, Model, Sampler, Session, largest,
+    CandleAttention, CandleKv, FloeBackend, HostError, KvBackend, Model, Sampler, Session, TOP, largest,
 };
 
 use super::tiny::{CONTEXT, FAMILIES, SPAN, metadata, write};
@@ -187,6 +187,45 @@ fn what_a_model_file_lacks_is_named() {
     assert!(matches!(Model::open(folder.path().join("absent")).err().unwrap(), HostError::Read { .. }));
 }
 
+/// The file of 30 queries against candle's own attention.
+fn check_logits(model: &Model, prompt: &[u32], file: &[u8]) {
+    use safetensors::SafeTensors;
+    let (_, header) = SafeTensors::read_metadata(file).unwrap();
+    let about = header.metadata().clone().unwrap();
+    let first = prompt.len() - 30;
+    assert_eq!((about["floe_logits"].as_str(), about["text"].as_str()), ("1", "words"));
+    assert_eq!(about["first_query_pos"], first.to_string());
+    let tensors = SafeTensors::deserialize(file).unwrap();
+    let u32s = |name: &str| -> Vec<u32> {
+        let bytes = tensors.tensor(name).unwrap().data().chunks_exact(4);
+        bytes.map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    let f32s = |name: &str| u32s(name).into_iter().map(f32::from_bits).collect::<Vec<_>>();
+    assert_eq!(u32s("token_ids"), prompt);
+    assert_eq!(tensors.tensor("top_ids").unwrap().shape(), [30, TOP]);
+    let (ids, top, next) = (u32s("top_ids"), f32s("top_log_probs"), f32s("next_log_probs"));
+    assert_eq!(next.len(), 29);
+    let mut kv = CandleKv::new(model.config(), CandleAttention::Matmul);
+    let mut session = Session::new(model, &mut kv);
+    session.prefill(&prompt[..first], &mut |_| {}).unwrap();
+    for query in 0..30 {
+        let logits = session.step(prompt[first + query]).unwrap();
+        let ln_sum = logits.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln() as f32;
+        let row = query * TOP..(query + 1) * TOP;
+        for (id, log_prob) in ids[row.clone()].iter().zip(&top[row.clone()]) {
+            assert!((log_prob - (logits[*id as usize] - ln_sum)).abs() < SAME, "query {query} token {id}");
+        }
+        assert!(top[row.clone()].is_sorted_by(|a, b| a >= b));
+        let mut best = logits.clone();
+        best.sort_unstable_by(|a, b| b.total_cmp(a));
+        assert!((top[row.end - 1] - (best[TOP - 1] - ln_sum)).abs() < SAME, "query {query}: not the top");
+        if let Some(next) = next.get(query) {
+            let id = prompt[first + query + 1] as usize;
+            assert!((next - (logits[id] - ln_sum)).abs() < SAME, "query {query}");
+        }
+    }
+}
+
 #[test]
 fn a_recorded_trace_holds_what_attention_saw() {
     use floe::host::{RecordPlan, Recorder};
@@ -203,10 +242,11 @@ fn a_recorded_trace_holds_what_attention_saw() {
             text: "words".into(),
             licence: "none".into(),
         };
-        let mut recorder = Recorder::create(&model, &plan, folder.path()).unwrap();
-        Session::new(&model, &mut recorder).prefill(&prompt, &mut |_| {}).unwrap();
-        let paths = recorder.finish().unwrap();
+        let recorder = Recorder::create(&model, &plan, folder.path()).unwrap();
+        let mut paths = recorder.run(&model, &prompt, &mut |_| {}).unwrap();
+        let logits = paths.pop().unwrap();
         assert_eq!(paths.len(), 2);
+        check_logits(&model, &prompt, &std::fs::read(logits).unwrap());
         for path in paths {
             let trace = Trace::open(&path).unwrap();
             assert_eq!(trace.meta().num_tokens, prompt.len());

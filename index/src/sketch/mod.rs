@@ -39,7 +39,7 @@ mod encode;
 mod planes;
 mod query;
 
-pub use crate::simd::codes::Pairs;
+pub use crate::simd::codes::{Pairs, Weights};
 pub use config::{ParseSketchError, SketchConfig};
 pub use query::PreparedQuery;
 
@@ -191,16 +191,15 @@ impl Sketch {
         codes::score(self.isa, &self.keys.codes(), &query.codes, pairs, out);
     }
 
-    /// Adds weighted value residuals of whole pages, still rotated: `acc[h] += sum_p sum_t weights[p][t] * R residual_t` over the pairs
-    /// `p` of head `h` and the tokens `t` of their pages. `weights` `[pairs][16]` f32, not negative (zero for tokens to leave out),
-    /// `sums` `[pairs]` f32 their sums over the tokens, `acc` `[group][padded_dim]` f32. Products of weight and scale are rounded to
+    /// Adds weighted value residuals of whole pages, still rotated: `acc[h] += sum_p sum_t weight_p[t] * R residual_t` over the pairs
+    /// `p` of head `h` and the tokens `t` of their pages, `acc` `[group][padded_dim]` f32. Products of weight and scale are rounded to
     /// 1/127 of the pair's sum times the page's largest scale.
     ///
     /// # Panics
     /// When a page or head does not exist, a slice has another length, or the sketch keeps no value bits.
-    pub fn add_weighted(&self, pairs: &Pairs<'_>, (weights, sums): (&[f32], &[f32]), acc: &mut [f32]) {
+    pub fn add_weighted(&self, pairs: &Pairs<'_>, weights: Weights<'_>, acc: &mut [f32]) {
         assert!(self.config.v_bits() > 0, "sketch {} keeps no value bits", self.config);
-        codes::add_weighted(self.isa, &self.values.codes(), pairs, (weights, sums), acc);
+        codes::add_weighted(self.isa, &self.values.codes(), pairs, weights, acc);
     }
 
     /// Rotates one head's sums back: `acc` `[padded_dim]` f32, of which the first `dim` are the result. Add the weights' sum times the

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
-from .. import Engine, Sequence
+from .. import Engine
+from .cuda_rows import CudaRows
 from .layer import FloeLayer
+from .rows import DTYPES, HostRows, Plan, Tensors
 
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _MANIFEST = "cache.json"
 _SLIDING = "sliding.safetensors"
-
-
-@dataclass
-class _Plan:
-    """One forward pass: how many tokens it adds to each row, and which of them are no padding."""
-
-    num_tokens: int
-    #: For each row the places of its real tokens among the new ones, int64; `None` = all of them.
-    real: list[torch.Tensor | None]
 
 
 class FloeCache(Cache):
@@ -36,6 +27,10 @@ class FloeCache(Cache):
 
     The model has to be prepared by `floe.transformers.enable`. A forward pass of several tokens is attended exactly (a
     prompt, whole or in chunks; the check of drafted tokens), one of a single token as the policy says.
+
+    Tensors on the CPU are attended there. With tensors on a CUDA device (a wheel with the feature `cuda`) hot rows and summaries
+    lie on the device and everything else in host memory; the first forward pass is attended by SDPA, and the tokens of all
+    later ones as the policy says.
 
     Args:
         config: the model's configuration.
@@ -46,6 +41,9 @@ class FloeCache(Cache):
         sparse_tokens: forward passes of at most this many tokens, after the first, are attended as the policy says. 1 =
             single tokens; more lets assisted generation check its drafts sparsely.
         dtype: how keys and values are stored; `None` = as the model computes them.
+        max_tokens: on a CUDA device, where summaries are allocated at once: tokens of a row at most; `None` = the model's
+            `max_position_embeddings`.
+        resident: on a CUDA device, the part of the keys and values that may stay there; a row that fits is attended whole.
         engine: further settings of `floe.Engine`: `threads`, `seed`, `hot_slots`, `cold_folder`, ...
 
     Raises:
@@ -63,11 +61,13 @@ class FloeCache(Cache):
         dense_layers: int = 0,
         sparse_tokens: int = 1,
         dtype: torch.dtype | None = None,
+        max_tokens: int | None = None,
+        resident: float = 0.0,
         **engine: Any,
     ):
         if sparse_tokens < 1:
             raise ValueError(f"config field `sparse_tokens` = {sparse_tokens}: must be at least 1")
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"config field `dtype` = {dtype}: must be bfloat16, float16 or float32")
         config = config.get_text_config(decoder=True)
         kinds, kwargs = get_layer_types_and_kwargs(config)
@@ -100,12 +100,15 @@ class FloeCache(Cache):
         }
         self._dtype = dtype
         self._sparse_tokens = sparse_tokens
-        # Opened at once, so that a wrong setting is refused here and not in the middle of a prompt.
-        self._engine = Engine(**self._settings, dtype=_DTYPES[dtype or torch.bfloat16])
-        self._rows: list[Sequence] = []
+        # Opened once for nothing, so that a wrong setting is refused here and not in the middle of a prompt.
+        Engine(**self._settings, dtype=DTYPES[dtype or torch.bfloat16])
+        self._max_tokens = max_tokens or config.max_position_embeddings
+        self._resident = resident
+        #: `None` before the first forward pass.
+        self._rows: HostRows | CudaRows | None = None
         #: Which stored tokens are no padding, [batch, tokens] on the CPU; `None` = all.
         self._real: torch.Tensor | None = None
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     # The forward pass, in the order of the calls.
 
@@ -116,7 +119,7 @@ class FloeCache(Cache):
         stored = min(lengths)
         if len(lengths) > 1:
             raise ValueError("an earlier forward pass was cut short: call crop(0) on the FloeCache to undo it")
-        if self._rows and len(self._rows) != batch:
+        if self._rows is not None and len(self._rows) != batch:
             raise ValueError(f"a batch of {batch} rows: this FloeCache holds {len(self._rows)}")
         if mask is not None:
             if mask.shape[-1] != stored + num_tokens:
@@ -128,7 +131,8 @@ class FloeCache(Cache):
         if not _same_padding(before, after):
             raise ValueError("attention_mask differs from the one with which the stored tokens came")
         new = [None] * batch if mask is None else [_real_places(row[stored:]) for row in mask]
-        self._plan = _Plan(num_tokens, new)
+        sparse = stored > 0 and num_tokens <= self._sparse_tokens
+        self._plan = Plan(num_tokens, new, first=stored == 0, sparse=sparse)
         self._real = mask
 
     def check_planned(self, key: torch.Tensor) -> None:
@@ -142,44 +146,34 @@ class FloeCache(Cache):
 
     def open_rows(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Opens a sequence for each row, as the first keys say: dtype, device, batch."""
-        if key.device.type != "cpu":
-            raise ValueError(f"keys on {key.device}: this build of floe attends on the CPU; it has no feature `cuda`")
-        if key.dtype not in _DTYPES:
+        if key.dtype not in DTYPES:
             raise ValueError(f"keys of {key.dtype}: floe takes bfloat16, float16 and float32")
         expected = (self._settings["num_kv_heads"], self._settings["head_dim"])
         for name, tensor in (("keys", key), ("values", value)):
             got = (tensor.shape[1], tensor.shape[3])
             if got != expected:
                 raise ValueError(f"{name} of (heads, head_dim) {got}: the configuration says {expected}")
-        if self._rows:
+        if self._rows is not None:
             return
-        dtype = _DTYPES[self._dtype or key.dtype]
-        if self._engine.config["dtype"] != dtype:
-            self._engine = Engine(**self._settings, dtype=dtype)
-        self._rows = [self._engine.admit() for _ in range(key.shape[0])]
+        dtype, batch = DTYPES[self._dtype or key.dtype], key.shape[0]
+        if key.device.type == "cpu":
+            self._rows = HostRows(self._settings, dtype, batch)
+        elif key.device.type == "cuda":
+            self._rows = CudaRows(self._settings, dtype, batch, key.device, self._max_tokens, self._resident)
+        else:
+            raise ValueError(f"keys on {key.device}: floe attends on the CPU and on CUDA devices")
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Stores and attends the new tokens of one layer of the engine. Head-major tensors in, [batch, tokens,
-        num_q_heads, head_dim] out."""
-        batch, num_heads, num_tokens, head_dim = query.shape
-        sparse = num_tokens <= self._sparse_tokens and self._floe_layers[layer].num_tokens > 0
-        out = torch.empty(batch, num_tokens, num_heads, head_dim)
-        for row, (sequence, real) in enumerate(zip(self._rows, self._plan.real, strict=True)):
-            q, k, v = (_token_major(tensor[row]) for tensor in (query, key, value))
-            if real is None:
-                _attend_row(sequence, layer, (q, k, v), scale, out[row], sparse)
-                continue
-            out[row].zero_()
-            if len(real):
-                q, k, v = (tensor.index_select(0, real) for tensor in (q, k, v))
-                result = torch.empty(q.shape)
-                _attend_row(sequence, layer, (q, k, v), scale, result, sparse)
-                out[row].index_copy_(0, real, result)
+    @property
+    def wants_q_pre(self) -> bool:
+        """Whether the attention function has to turn the queries of this forward pass back."""
+        return self._plan is not None and self._plan.sparse and self._rows is not None and self._rows.wants_q_pre
+
+    def attend(self, layer: int, tensors: Tensors, scale: float) -> torch.Tensor:
+        """Stores and attends the new tokens of one layer of the engine; [batch, tokens, num_q_heads, head_dim]."""
+        out = self._rows.attend(layer, tensors, scale, self._plan)
         if layer + 1 == len(self._floe_layers):
             self._plan = None
-        return out.to(query.dtype)
+        return out
 
     # What generation does to a cache between forward passes.
 
@@ -191,8 +185,9 @@ class FloeCache(Cache):
         keep = max(0, stored + tokens_to_remove) if tokens_to_remove <= 0 else min(stored, tokens_to_remove)
         if self._real is not None:
             self._real = self._real[:, :keep]
-        for row, sequence in enumerate(self._rows):
-            sequence.truncate(keep if self._real is None else int(self._real[row].sum()))
+        if self._rows is not None:
+            real = None if self._real is None else self._real.sum(dim=1).tolist()
+            self._rows.truncate(real or [keep] * len(self._rows))
         for layer in self.layers:
             if isinstance(layer, FloeLayer):
                 layer.num_tokens = keep
@@ -214,13 +209,13 @@ class FloeCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in succession."""
-        self._take([row for row in range(len(self._rows)) for _ in range(repeats)])
+        self._take([row for row in range(self.batch_size) for _ in range(repeats)])
         for layer in self._stock_layers():
             layer.batch_repeat_interleave(repeats)
 
     def reset(self) -> None:
         """Empties the cache; the next forward pass may have another batch size."""
-        self._rows, self._real, self._plan = [], None, None
+        self._rows, self._real, self._plan = None, None, None
         for number, layer in enumerate(self.layers):
             if isinstance(layer, FloeLayer):
                 layer.num_tokens, layer.is_initialized = 0, False
@@ -228,12 +223,8 @@ class FloeCache(Cache):
                 self.layers[number] = DynamicSlidingWindowLayer(self._sliding_window)
 
     def _take(self, rows: list[int]) -> None:
-        taken: set[int] = set()
-        new = []
-        for row in rows:
-            new.append(self._rows[row].fork() if row in taken else self._rows[row])
-            taken.add(row)
-        self._rows = new
+        if self._rows is not None:
+            self._rows.take(rows)
         if self._real is not None:
             self._real = self._real[rows]
 
@@ -245,7 +236,10 @@ class FloeCache(Cache):
     def save(self, folder: str | os.PathLike[str]) -> int:
         """Writes the cache to a folder, which is made if need be; its bytes."""
         folder = Path(folder)
+        if self._rows is None:
+            raise ValueError("this FloeCache is empty: there is nothing to save")
         folder.mkdir(parents=True, exist_ok=True)
+        num_bytes = self._rows.save(folder)
         tensors = {}
         for number, layer in enumerate(self.layers):
             if not isinstance(layer, FloeLayer) and layer.is_initialized:
@@ -256,10 +250,9 @@ class FloeCache(Cache):
             "batch": len(self._rows),
             "num_tokens": self.get_seq_length(),
             "real": None if self._real is None else self._real.int().tolist(),
-            "dtype": self._engine.config["dtype"],
+            "dtype": self._rows.engine.config["dtype"],
         }
         save_file(tensors, folder / _SLIDING)
-        num_bytes = sum(row.save(folder / f"row{number}.floe") for number, row in enumerate(self._rows))
         # Last, so that a folder with a manifest is complete.
         (folder / _MANIFEST).write_text(json.dumps(manifest))
         return num_bytes + (folder / _SLIDING).stat().st_size
@@ -277,64 +270,41 @@ class FloeCache(Cache):
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest.get("kind") != "floe-cache/1":
             raise ValueError(f"{folder / _MANIFEST}: field `kind` = {manifest.get('kind')}: must be floe-cache/1")
-        engine = Engine(**self._settings, dtype=manifest["dtype"])
-        rows = [engine.restore(folder / f"row{number}.floe") for number in range(manifest["batch"])]
+        rows = HostRows.restore(self._settings, manifest["dtype"], folder, manifest["batch"])
         tensors = load_file(folder / _SLIDING)
         for number, layer in enumerate(self.layers):
             if isinstance(layer, FloeLayer):
-                layer.num_tokens, layer.is_initialized = manifest["num_tokens"], bool(rows)
+                layer.num_tokens, layer.is_initialized = manifest["num_tokens"], True
             elif f"{number}.keys" in tensors:
                 keys, values = tensors[f"{number}.keys"], tensors[f"{number}.values"]
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values, layer.cumulative_length = keys, values, manifest["num_tokens"]
-        self._engine, self._rows = engine, rows
+        self._rows = rows
         self._real = None if manifest["real"] is None else torch.tensor(manifest["real"], dtype=torch.bool)
         return self
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch, -1 before the first forward pass."""
-        return len(self._rows) or -1
+        return -1 if self._rows is None else len(self._rows)
 
     def set_policy(self, policy: str, budget: int) -> None:
         """Selects differently from now on; the stored tokens stay."""
-        self._engine.set_policy(policy, budget)
-        self._settings |= {"policy": policy, "budget": budget}
+        settings = self._settings | {"policy": policy, "budget": budget}
+        if self._rows is None:
+            Engine(**settings, dtype=DTYPES[self._dtype or torch.bfloat16])
+        else:
+            self._rows.set_policy(policy, budget)
+        self._settings = settings
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What the decode steps of each row did: `Sequence.metrics`."""
-        return [row.metrics() for row in self._rows]
+        """What the decode steps did, `Sequence.metrics` of each row; on a CUDA device one dict for all rows."""
+        return [] if self._rows is None else self._rows.metrics()
 
     def memory(self) -> dict[str, int]:
-        """Host bytes of all rows: `Sequence.memory`, added up."""
-        total: dict[str, int] = {}
-        for row in self._rows:
-            for name, num_bytes in row.memory().items():
-                total[name] = total.get(name, 0) + num_bytes
-        return total
-
-
-def _attend_row(
-    sequence: Sequence,
-    layer: int,
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-    out: torch.Tensor,
-    sparse: bool,
-) -> None:
-    q, k, v = qkv
-    if sparse:
-        for token in range(q.shape[0]):
-            one = slice(token, token + 1)
-            sequence.decode(layer, q[one], k[one], v[one], scale=scale, out=out[one])
-    else:
-        sequence.prefill(layer, q, k, v, scale=scale, out=out)
-
-
-def _token_major(tensor: torch.Tensor) -> torch.Tensor:
-    """[heads, tokens, head_dim] as [tokens, heads, head_dim], in place where the rows are contiguous."""
-    tensor = tensor.detach().transpose(0, 1)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        """Bytes of all rows: `Sequence.memory`, added up; on a CUDA device `device_rows_bytes`, `device_summary_bytes` and
+        `host_bytes`."""
+        return {} if self._rows is None else self._rows.memory()
 
 
 def _real_places(row: torch.Tensor) -> torch.Tensor | None:

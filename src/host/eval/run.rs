@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::build::episode;
 use super::judge::{Prompt, judge, refer};
 use super::task::Task;
-use crate::host::{FloeBackend, HostError, HostResult, KvBackend, Message, Model, Session};
+use crate::host::{FloeBackend, HostError, HostResult, KvBackend, Model, Session};
 use crate::select::Policy;
 
 /// What to evaluate.
@@ -87,9 +87,6 @@ pub struct Outcome {
     /// Sum of KL(full || policy), nats.
     pub kl: f64,
 }
-
-/// Marks where the context ends inside a rendered chat; any text that no context contains.
-const MARK: &str = "\u{1}context ends\u{1}";
 
 /// Runs one episode. What `kv` held is forgotten; `progress` hears of the prefill and of each finished question.
 ///
@@ -219,17 +216,8 @@ fn prompts(model: &Model, plan: &EvalPlan, spec: EpisodeSpec<'_>) -> HostResult<
     let mut chars = 4 * plan.context;
     loop {
         let made = episode(tasks, text, (chars.min(text.len()), plan.questions), seed)?;
-        let rendered = match &model.chat {
-            Some(chat) => {
-                let content = format!("{}\n\n{MARK}", made.context);
-                chat.render(&[Message { role: "user", content }])?
-            }
-            None => format!("{}\n\n{MARK}\n", made.context),
-        };
-        let (before, after) = rendered
-            .split_once(MARK)
-            .ok_or_else(|| HostError::Backend("the chat template drops the user's message".into()))?;
-        let context = model.tokenizer.encode(before)?;
+        let (before, after) = model.chat_around(&made.context)?;
+        let context = model.tokenizer.encode(&before)?;
         if context.len() > plan.context {
             chars = chars * plan.context / context.len() - 16;
             continue;

@@ -3,7 +3,9 @@
 use std::arch::x86_64::*;
 
 use super::scalar::STEP_MIN;
-use super::{BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Scales, digits};
+use super::{
+    BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Scales, Weights, digits,
+};
 
 /// Eight lanes of a line.
 #[inline]
@@ -295,7 +297,7 @@ fn unit_of(scales: [__m256; 2]) -> f32 {
 pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     pairs: &Pairs<'_>,
-    (weights, sums): (&[[f32; PAGE_TOKENS]], &[f32]),
+    weights: Weights<'_>,
     acc: &mut [f32],
 ) {
     let per_page = codes.lines_per_page();
@@ -306,12 +308,14 @@ pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
         let scales = [load_scales(scales, 0), load_scales(scales, 1)];
         let unit = unit_of(scales);
         for p in range {
-            let step = sums[p] * unit;
+            let head = usize::from(pairs.heads[p]);
+            let Some((weights, sum)) = weights.of(p, head) else { continue };
+            let step = sum * unit;
             if step < STEP_MIN {
                 continue;
             }
-            let (words, sum) = round_weights(&weights[p], step, scales);
-            let acc = &mut acc[usize::from(pairs.heads[p]) * dims..][..dims];
+            let (words, sum) = round_weights(weights, step, scales);
+            let acc = &mut acc[head * dims..][..dims];
             for (v, half) in (0..lines).flat_map(|v| [(v, 0), (v, 1)]) {
                 let codes = codes_by_bit::<BITS>(page_lines, lines, v, half);
                 for (h, codes) in codes.as_chunks::<4>().0.iter().enumerate() {

@@ -3,7 +3,9 @@
 use std::arch::x86_64::*;
 
 use super::scalar::STEP_MIN;
-use super::{BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Scales, Table};
+use super::{
+    BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Scales, Table, Weights,
+};
 use crate::simd::prefetch::prefetch;
 
 #[inline]
@@ -322,7 +324,7 @@ fn dot_by_product(lines: &[Line], query: &QueryCodes, head: usize) -> __m512i {
 pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     pairs: &Pairs<'_>,
-    (weights, sums): (&[[f32; PAGE_TOKENS]], &[f32]),
+    weights: Weights<'_>,
     acc: &mut [f32],
 ) {
     let per_page = codes.lines_per_page();
@@ -336,11 +338,13 @@ pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
         let unit = _mm512_reduce_max_ps(_mm512_max_ps(scales, _mm512_setzero_ps())) * (1.0 / BYTE_MAX as f32);
         let known = indexes_of::<LINES, BITS>(page_lines, lines);
         for p in range {
-            let step = sums[p] * unit;
+            let head = usize::from(pairs.heads[p]);
+            let Some((weights, sum)) = weights.of(p, head) else { continue };
+            let step = sum * unit;
             if step < STEP_MIN {
                 continue;
             }
-            let products = _mm512_mul_ps(load(&weights[p]), scales);
+            let products = _mm512_mul_ps(load(weights), scales);
             let units = _mm512_cvtps_epi32(_mm512_mul_ps(products, _mm512_set1_ps(1.0 / step)));
             let table = table_of(_mm512_cvtepi32_epi8(units));
             // The last entry of each quad sums all four of its tokens.
@@ -349,7 +353,7 @@ pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
             let middle = _mm512_dpbusd_epi32(zero, all, _mm512_set1_epi8((1 << BITS) - 1));
             let middle = _mm512_sub_epi32(zero, middle);
             let step = _mm512_set1_ps(step);
-            let acc = &mut acc[usize::from(pairs.heads[p]) * dims..][..dims];
+            let acc = &mut acc[head * dims..][..dims];
             for (v, rows) in acc.as_chunks_mut::<16>().0.chunks_exact_mut(2).enumerate() {
                 let mut dots = [middle; 2];
                 for plane in 0..BITS {

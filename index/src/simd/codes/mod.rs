@@ -210,9 +210,27 @@ pub fn score(isa: Isa, codes: &PageCodes<'_>, query: &QueryCodes, pairs: &Pairs<
     }
 }
 
-/// `acc[h][d] += sum_p sum_t weights[p][t] * scale_t * level_t[d]` over the pairs `p` of head `h` and the tokens `t` of their pages:
-/// `weights` `[pairs][16]` f32, none negative, `sums` `[pairs]` their sums over the tokens, `acc` `[group][dims]` f32
-/// with `dims` the coordinates of a page's lines; codes of at most two bits.
+/// Weights of the tokens of pairs.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights<'a> {
+    /// `[pairs][16]` f32, none negative.
+    pub tokens: &'a [f32],
+    /// `[pairs]` their sums over the tokens.
+    pub sums: &'a [f32],
+    /// `[group]` pairs whose sum is at most their head's contribute nothing.
+    pub least: &'a [f32],
+}
+
+impl Weights<'_> {
+    /// Weights `[16]` and sum of a pair that contributes.
+    fn of(&self, pair: usize, head: usize) -> Option<(&[f32; PAGE_TOKENS], f32)> {
+        let sum = self.sums[pair];
+        (sum > self.least[head]).then(|| (&self.tokens.as_chunks().0[pair], sum))
+    }
+}
+
+/// `acc[h][d] += sum_p sum_t weight_p[t] * scale_t * level_t[d]` over the pairs `p` of head `h` and the tokens `t` of their pages: `acc`
+/// `[group][dims]` f32 with `dims` the coordinates of a page's lines; codes of at most two bits.
 ///
 /// Within a pair `weight * scale` is rounded to multiples of 1/127 of `sum * largest scale`. Below a step of 1e-30 the pair
 /// contributes nothing.
@@ -223,15 +241,14 @@ pub fn add_weighted(
     isa: Isa,
     codes: &PageCodes<'_>,
     pairs: &Pairs<'_>,
-    (weights, sums): (&[f32], &[f32]),
+    weights: Weights<'_>,
     acc: &mut [f32],
 ) {
-    let (weights, rest) = weights.as_chunks::<PAGE_TOKENS>();
-    assert!(rest.is_empty() && pairs.fits(weights.len()), "weights of {} pairs", pairs.heads.len());
-    assert_eq!(sums.len(), weights.len(), "sums of the pairs");
+    assert!(pairs.fits(weights.sums.len()), "weights of {} pairs", pairs.heads.len());
+    assert_eq!(weights.tokens.len(), weights.sums.len() * PAGE_TOKENS, "sums of the pairs");
     let lines = codes.lines_per_page() / codes.bits;
     match codes.bits {
-        1 => dispatch_lines!(isa, lines, add_weighted::<1>(codes, pairs, (weights, sums), acc)),
-        _ => dispatch_lines!(isa, lines, add_weighted::<2>(codes, pairs, (weights, sums), acc)),
+        1 => dispatch_lines!(isa, lines, add_weighted::<1>(codes, pairs, weights, acc)),
+        _ => dispatch_lines!(isa, lines, add_weighted::<2>(codes, pairs, weights, acc)),
     }
 }

@@ -1,6 +1,8 @@
 //! The definition of every code kernel in plain loops: what the vector versions are compared with, bit by bit.
 
-use super::{BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Table, digits};
+use super::{
+    BYTE_MAX, Fit, LINE_DIMS, Line, PAGE_TOKENS, PageCodes, Pairs, QueryCodes, Table, Weights, digits,
+};
 
 /// Weight steps below this are taken as zero: their inverse would leave the range of f32.
 pub(super) const STEP_MIN: f32 = 1e-30;
@@ -138,7 +140,7 @@ fn round_weights(
 pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
     codes: &PageCodes<'_>,
     pairs: &Pairs<'_>,
-    (weights, sums): (&[[f32; PAGE_TOKENS]], &[f32]),
+    weights: Weights<'_>,
     acc: &mut [f32],
 ) {
     let per_page = codes.lines_per_page();
@@ -146,12 +148,14 @@ pub(super) fn add_weighted<const LINES: usize, const BITS: usize>(
     for (page, range) in pairs.iter() {
         let page_lines = &codes.lines[page as usize * per_page..][..per_page];
         for p in range {
-            let (step, rounded) = round_weights(&weights[p], sums[p], &codes.scales[page as usize]);
+            let head = usize::from(pairs.heads[p]);
+            let Some((weights, sum)) = weights.of(p, head) else { continue };
+            let (step, rounded) = round_weights(weights, sum, &codes.scales[page as usize]);
             if step == 0.0 {
                 continue;
             }
             let sum: i32 = rounded.iter().sum();
-            let acc = &mut acc[usize::from(pairs.heads[p]) * dims..][..dims];
+            let acc = &mut acc[head * dims..][..dims];
             for v in 0..lines {
                 for h in 0..2 {
                     let mut dots = [0; 16];

@@ -150,6 +150,11 @@ pub(super) fn exps((logits, rest): (&[f32], &[f32]), max: &[f32], (exps, sums): 
 }
 
 #[target_feature(enable = "avx2,fma")]
+pub(super) fn weigh(exps: &[f32], by: (&[f32], &[f32]), weights: &mut [f32], sums: &mut [f32]) {
+    scalar::weigh(exps, by, weights, sums);
+}
+
+#[target_feature(enable = "avx2,fma")]
 pub(super) fn accumulate(values: &[i8], weights: &[f32], out: &mut [f32]) {
     // The compiler vectorises the plain loop with the features enabled here; a fused multiply-add has one result.
     scalar::accumulate(values, weights, out);

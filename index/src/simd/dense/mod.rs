@@ -95,6 +95,20 @@ pub(crate) fn exps(
     dispatch!(isa, exps((logits, rest), max, (exps, sums)));
 }
 
+/// Of one part: `weights[h, lane] = exps[h, lane] * rest[lane]`, added to `sums[h, lane]`, then times `scales[lane]`; `exps`, `weights` and
+/// `sums` `[group, 16]`, `rest` and `scales` `[16]`.
+pub(crate) fn weigh(
+    isa: Isa,
+    exps: &[f32],
+    (rest, scales): (&[f32], &[f32]),
+    weights: &mut [f32],
+    sums: &mut [f32],
+) {
+    assert_eq!((weights.len(), sums.len()), (exps.len(), exps.len()), "one part");
+    assert_eq!((rest.len(), scales.len()), (LANES, LANES), "one part");
+    dispatch!(isa, weigh(exps, (rest, scales), weights, sums));
+}
+
 /// `out[h, d] += sum_e weights[h, e] * values[e, d]` in the order of `e`: `values` `[16, dim]` codes, `weights` `[group, 16]`, `out`
 /// `[group, dim]`.
 pub(crate) fn accumulate(isa: Isa, values: &[i8], weights: &[f32], out: &mut [f32]) {

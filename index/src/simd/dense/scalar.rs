@@ -103,6 +103,18 @@ pub(super) fn exps((logits, rest): (&[f32], &[f32]), max: &[f32], (exps, sums): 
     }
 }
 
+#[inline(always)]
+pub(super) fn weigh(exps: &[f32], (rest, scales): (&[f32], &[f32]), weights: &mut [f32], sums: &mut [f32]) {
+    let rows = exps.as_chunks::<LANES>().0.iter().zip(weights.as_chunks_mut::<LANES>().0);
+    for ((exps, weights), sums) in rows.zip(sums.as_chunks_mut::<LANES>().0) {
+        for lane in 0..LANES {
+            let weight = exps[lane] * rest[lane];
+            sums[lane] += weight;
+            weights[lane] = weight * scales[lane];
+        }
+    }
+}
+
 pub(super) fn accumulate(values: &[i8], weights: &[f32], out: &mut [f32]) {
     let dim = values.len() / LANES;
     for (row, out) in weights.chunks_exact(LANES).zip(out.chunks_exact_mut(dim)) {

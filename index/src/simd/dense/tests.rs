@@ -42,6 +42,10 @@ fn same<T: PartialEq + std::fmt::Debug>(case: &Case, run: impl Fn(Isa) -> Vec<T>
     wanted
 }
 
+fn case_scales(seed: usize) -> Vec<f32> {
+    (0..LANES).map(|lane| 0.1 + (lane * seed % 5) as f32).collect()
+}
+
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
@@ -149,6 +153,17 @@ fn sums_over_parts_have_the_same_bits_on_every_set() {
         let mut sums = vec![0.0; group * LANES];
         masses(Isa::Scalar, &logits, &rest, &max, &mut sums);
         assert_eq!(of_all[logits.len()..], bits(&sums));
+        let scales = case_scales(parts);
+        same(case, |isa| {
+            let (mut weights, mut sums) = (vec![0.0; group * LANES], vec![0.25; group * LANES]);
+            let exps = &logits[..group * LANES];
+            weigh(isa, exps, (&rest[..LANES], &scales), &mut weights, &mut sums);
+            for at in 0..group * LANES {
+                let weight = exps[at] * rest[at % LANES];
+                assert_eq!((weights[at], sums[at]), (weight * scales[at % LANES], 0.25 + weight));
+            }
+            [bits(&weights), bits(&sums)].concat()
+        });
     });
 }
 

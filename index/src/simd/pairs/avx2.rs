@@ -5,18 +5,23 @@ use crate::simd::codes::Pairs;
 use crate::simd::dense::Part;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn above(part: Part<'_>, limits: Limits<'_>, exps: &mut [f32], masks: &mut [u16]) -> u16 {
-    scalar::above(part, limits, exps, masks)
+pub(super) fn above(
+    part: Part<'_>,
+    limits: Limits<'_>,
+    masks: &mut [u16],
+    of_part: (&mut [f32], &mut [f32]),
+) -> u16 {
+    scalar::above(part, limits, masks, of_part)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn lift(by: &Lift<'_>, logits: &mut [f32], tops: &mut [f32]) {
-    scalar::lift(by, logits, tops);
+pub(super) fn lift(by: &Lift<'_>, tokens: (&mut [f32], &mut [f32]), heads: (&mut [f32], &mut [f32])) {
+    scalar::lift(by, tokens, heads);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn weigh(heads: &[u16], logits: &[f32], shift: &[f32], out: (&mut [f32], &mut [f32])) {
-    scalar::weigh(heads, logits, shift, out);
+pub(super) fn weigh(heads: &[u16], logits: &[f32], shift: &[f32], weights: &mut [f32]) {
+    scalar::weigh(heads, logits, shift, weights);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Lift, Limits};
+use super::{Lift, Limits, RISE_MAX};
 use crate::blocks::LANES;
 use crate::simd::codes::Pairs;
 use crate::simd::dense::{Part, avx512::exp};
@@ -22,55 +22,77 @@ fn store(x: &mut [f32; LANES], value: __m512) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) fn above(part: Part<'_>, limits: Limits<'_>, exps: &mut [f32], masks: &mut [u16]) -> u16 {
+pub(super) fn above(
+    part: Part<'_>,
+    limits: Limits<'_>,
+    masks: &mut [u16],
+    (exps, sums): (&mut [f32], &mut [f32]),
+) -> u16 {
     let (rest, spread) = (&part.rest.as_chunks().0[0], &limits.spread.as_chunks().0[0]);
-    let there = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(load(rest), _mm512_setzero_ps());
-    let spread = load(spread);
+    let (rest, spread) = (load(rest), load(spread));
+    let there = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(rest, _mm512_setzero_ps());
     let mut any = 0;
     let rows = part.logits.as_chunks::<LANES>().0.iter().zip(exps.as_chunks_mut::<LANES>().0);
-    for (((row, exps), mask), (&limit, &boost)) in
+    let rows = rows.zip(sums.as_chunks_mut::<LANES>().0);
+    for ((((row, exps), sums), mask), (&limit, &boost)) in
         rows.zip(masks.iter_mut()).zip(limits.limit.iter().zip(limits.boost))
     {
         let logit = _mm512_add_ps(load(row), _mm512_mul_ps(_mm512_set1_ps(boost), spread));
         *mask = _mm512_mask_cmp_ps_mask::<_CMP_GT_OQ>(there, logit, _mm512_set1_ps(limit));
-        store(exps, _mm512_maskz_mov_ps(!*mask, load(exps)));
+        let kept = _mm512_maskz_mov_ps(!*mask, load(exps));
+        store(exps, kept);
+        store(sums, _mm512_add_ps(load(sums), _mm512_mul_ps(kept, rest)));
         any |= *mask;
     }
     any
 }
 
+/// `exp(min(x, RISE_MAX))`
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn weight(x: __m512) -> __m512 {
+    exp(_mm512_min_ps(x, _mm512_set1_ps(RISE_MAX)))
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) fn lift(by: &Lift<'_>, logits: &mut [f32], tops: &mut [f32]) {
-    let (rows, tops) = (logits.as_chunks_mut::<LANES>().0, tops.as_chunks_mut::<LANES>().0);
+pub(super) fn lift(
+    by: &Lift<'_>,
+    (logits, weights): (&mut [f32], &mut [f32]),
+    (tops, sums): (&mut [f32], &mut [f32]),
+) {
+    let (rows, weights) = (logits.as_chunks_mut::<LANES>().0, weights.as_chunks_mut::<LANES>().0);
+    let (tops, sums) = (tops.as_chunks_mut::<LANES>().0, sums.as_chunks_mut::<LANES>().0);
     for (i, (page, range)) in by.pairs.iter().enumerate() {
         // SAFETY: the scales are 32 readable bytes; the load has no alignment requirement.
         let scales = unsafe { _mm256_loadu_si256(by.scales[page as usize].as_ptr().cast()) };
         let scales = _mm512_cvtph_ps(scales);
         let squares = _mm512_mul_ps(scales, scales);
-        for (&head, row) in by.pairs.heads[range.clone()].iter().zip(&mut rows[range]) {
+        let (home, of_page, left) = (by.homes[i] as usize, by.of_page[i], by.left[i]);
+        let tokens = rows[range.clone()].iter_mut().zip(&mut weights[range.clone()]);
+        for (&head, (row, weights)) in by.pairs.heads[range].iter().zip(tokens) {
             let head = usize::from(head);
-            let base = by.page_logits[by.homes[i] as usize + head * LANES] - by.by[head] * by.of_page[i];
+            let base = by.page_logits[home + head * LANES] - by.by[head] * of_page;
             let logit = _mm512_add_ps(load(row), _mm512_set1_ps(base));
             let logit = _mm512_add_ps(logit, _mm512_mul_ps(_mm512_set1_ps(by.spread[head]), squares));
-            let logit = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), by.left[i], logit);
+            let logit = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), left, logit);
             store(row, logit);
             // The first operand is returned only where it is greater, as in the definition.
             let top = _mm512_max_ps(logit, load(&tops[head]));
             store(&mut tops[head], top);
+            let weight = weight(_mm512_sub_ps(logit, _mm512_set1_ps(by.shift[head])));
+            store(weights, weight);
+            let sum = _mm512_add_ps(load(&sums[head]), weight);
+            store(&mut sums[head], sum);
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) fn weigh(heads: &[u16], logits: &[f32], shift: &[f32], (weights, sums): (&mut [f32], &mut [f32])) {
+pub(super) fn weigh(heads: &[u16], logits: &[f32], shift: &[f32], weights: &mut [f32]) {
     let rows = logits.as_chunks::<LANES>().0.iter().zip(weights.as_chunks_mut::<LANES>().0);
-    let sums = sums.as_chunks_mut::<LANES>().0;
     for (&head, (row, weights)) in heads.iter().zip(rows) {
-        let (shift, sum) = (shift[usize::from(head)], &mut sums[usize::from(head)]);
-        let below = _mm512_sub_ps(load(row), _mm512_set1_ps(shift));
-        let weight = exp(_mm512_min_ps(below, _mm512_setzero_ps()));
-        store(weights, weight);
-        store(sum, _mm512_add_ps(load(sum), weight));
+        let below = _mm512_sub_ps(load(row), _mm512_set1_ps(shift[usize::from(head)]));
+        store(weights, weight(below));
     }
 }
 

@@ -62,45 +62,49 @@ pub(crate) struct Lift<'a> {
     pub scales: &'a [Scales],
     /// `[group]` logit per squared scale of a token's code.
     pub spread: &'a [f32],
+    /// `[group]` what weights are relative to.
+    pub shift: &'a [f32],
 }
 
-/// Lanes of one part, by head to `masks` `[group]`, whose pages are told apart; their `exps` `[group, 16]` become 0. Returns the
-/// lanes of any head.
+/// Largest amount by which a logit may exceed the shift: sums of such exponentials over any number of tokens fit f32.
+pub(crate) const RISE_MAX: f32 = 60.0;
+
+/// Lanes of one part, by head to `masks` `[group]`, whose pages are told apart; their `exps` `[group, 16]` become 0, the others times
+/// `rest` are added to `sums` `[group, 16]`. Returns the lanes of any head.
 pub(crate) fn above(
     isa: Isa,
     part: Part<'_>,
     limits: Limits<'_>,
-    exps: &mut [f32],
     masks: &mut [u16],
+    (exps, sums): (&mut [f32], &mut [f32]),
 ) -> u16 {
     let group = masks.len();
     assert_eq!((part.logits.len(), part.rest.len(), exps.len()), (group * LANES, LANES, group * LANES));
     assert_eq!((limits.limit.len(), limits.boost.len(), limits.spread.len()), (group, group, LANES));
-    dispatch!(isa, above(part, limits, exps, masks))
+    assert_eq!(sums.len(), exps.len(), "one sum a head and lane");
+    dispatch!(isa, above(part, limits, masks, (exps, sums)))
 }
 
-/// Residual scores `logits` `[pairs, 16]` become logits; `tops[h, lane]` is raised to the largest of the head's. `tops` `[group, 16]`.
-pub(crate) fn lift(isa: Isa, by: &Lift<'_>, logits: &mut [f32], tops: &mut [f32]) {
-    assert_eq!(logits.len(), by.pairs.heads.len() * LANES, "logits of the pairs");
-    assert_eq!((by.homes.len(), by.of_page.len(), by.left.len()), {
-        let pages = by.pairs.pages.len();
-        (pages, pages, pages)
-    });
-    dispatch!(isa, lift(by, logits, tops));
-}
-
-/// `weights[p, lane] = exp(min(logits[p, lane] - shift[h], 0))` for the head `h` of pair `p`, added up by head and lane to `sums`
-/// `[group, 16]` in the order of the pairs.
-pub(crate) fn weigh(
+/// Residual scores `logits` `[pairs, 16]` become logits, and `weights` `[pairs, 16]` their exponentials,
+/// `exp(min(logit - shift[h], RISE_MAX))` for the head `h` of the pair. `tops[h, lane]` is raised to the largest logit of the head;
+/// `sums[h, lane]` gets the weights added in the order of the pairs; both `[group, 16]`.
+pub(crate) fn lift(
     isa: Isa,
-    heads: &[u16],
-    logits: &[f32],
-    shift: &[f32],
-    (weights, sums): (&mut [f32], &mut [f32]),
+    by: &Lift<'_>,
+    (logits, weights): (&mut [f32], &mut [f32]),
+    (tops, sums): (&mut [f32], &mut [f32]),
 ) {
+    let (pages, pairs) = (by.pairs.pages.len(), by.pairs.heads.len());
+    assert_eq!((logits.len(), weights.len()), (pairs * LANES, pairs * LANES), "tokens of the pairs");
+    assert_eq!((by.homes.len(), by.of_page.len(), by.left.len()), (pages, pages, pages), "one entry a page");
+    assert_eq!((tops.len(), sums.len()), (by.shift.len() * LANES, by.shift.len() * LANES), "by head");
+    dispatch!(isa, lift(by, (logits, weights), (tops, sums)));
+}
+
+/// `weights[p, lane] = exp(min(logits[p, lane] - shift[h], RISE_MAX))` for the head `h` of pair `p`.
+pub(crate) fn weigh(isa: Isa, heads: &[u16], logits: &[f32], shift: &[f32], weights: &mut [f32]) {
     assert_eq!((logits.len(), weights.len()), (heads.len() * LANES, heads.len() * LANES));
-    assert_eq!(sums.len(), shift.len() * LANES, "sums by head");
-    dispatch!(isa, weigh(heads, logits, shift, (weights, sums)));
+    dispatch!(isa, weigh(heads, logits, shift, weights));
 }
 
 /// `best[i, lane] = max_p(logits[p, lane] - norm[h])` over the pairs `p` of page `i` and their heads `h`; `tops[i]` is the largest of

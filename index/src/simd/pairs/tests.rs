@@ -59,14 +59,14 @@ fn lanes_above_the_limit_leave_the_exponentials() {
         let mut case = Case::new(group);
         let (logits, spread) = (case.floats(group * LANES), case.floats(LANES));
         let (limit, boost) = (case.floats(group), case.floats(group));
-        let exps = case.floats(group * LANES);
+        let (exps, before) = (case.floats(group * LANES), case.floats(group * LANES));
         let rest: Vec<f32> = (0..LANES).map(|lane| (lane % 3) as f32).collect();
-        let (any, masks, left) = same(|isa| {
-            let (mut exps, mut masks) = (exps.clone(), vec![0u16; group]);
+        let (any, masks, left, sums) = same(|isa| {
+            let (mut exps, mut sums, mut masks) = (exps.clone(), before.clone(), vec![0u16; group]);
             let limits = Limits { limit: &limit, boost: &boost, spread: &spread };
             let part = Part { logits: &logits, rest: &rest };
-            let any = above(isa, part, limits, &mut exps, &mut masks);
-            (any, masks, bits(&exps))
+            let any = above(isa, part, limits, &mut masks, (&mut exps, &mut sums));
+            (any, masks, bits(&exps), bits(&sums))
         });
         assert_eq!(any, masks.iter().fold(0, |any, mask| any | mask));
         for (h, mask) in masks.iter().enumerate() {
@@ -74,7 +74,9 @@ fn lanes_above_the_limit_leave_the_exponentials() {
                 let at = h * LANES + lane;
                 let wanted = rest[lane] > 0.0 && logits[at] + boost[h] * spread[lane] > limit[h];
                 assert_eq!(mask >> lane & 1 == 1, wanted);
-                assert_eq!(left[at], if wanted { 0 } else { exps[at].to_bits() });
+                let kept = if wanted { 0.0 } else { exps[at] };
+                assert_eq!(left[at], kept.to_bits());
+                assert_eq!(sums[at], (before[at] + kept * rest[lane]).to_bits());
             }
         }
     }
@@ -95,21 +97,31 @@ fn logits_weights_and_best_scores_have_the_same_bits_on_every_set() {
         let (shift, norm) = (case.floats(group), case.floats(group));
         let case = case;
         let raw: Vec<f32> = case.logits.iter().map(|x| x.max(-4.0)).collect();
+        let lift_by = Lift {
+            pairs: case.pairs(),
+            page_logits: &page_logits,
+            homes: &homes,
+            of_page: &of_page,
+            by: &by,
+            left: &left,
+            scales: &scales,
+            spread: &spread,
+            shift: &shift,
+        };
         let lifted = same(|isa| {
-            let lift_by = Lift {
-                pairs: case.pairs(),
-                page_logits: &page_logits,
-                homes: &homes,
-                of_page: &of_page,
-                by: &by,
-                left: &left,
-                scales: &scales,
-                spread: &spread,
-            };
-            let (mut logits, mut tops) = (raw.clone(), vec![f32::NEG_INFINITY; group * LANES]);
-            lift(isa, &lift_by, &mut logits, &mut tops);
-            (bits(&logits), bits(&tops))
+            let (mut logits, mut weights) = (raw.clone(), vec![0.0; raw.len()]);
+            let (mut tops, mut mass) = (vec![f32::NEG_INFINITY; group * LANES], vec![0.5; group * LANES]);
+            lift(isa, &lift_by, (&mut logits, &mut weights), (&mut tops, &mut mass));
+            (bits(&logits), bits(&tops), bits(&weights), bits(&mass))
         });
+        // The weights are those that `weigh` gives for the same logits.
+        let logits: Vec<f32> = lifted.0.iter().map(|x| f32::from_bits(*x)).collect();
+        let again = same(|isa| {
+            let mut weights = vec![0.0; logits.len()];
+            weigh(isa, &case.heads, &logits, &shift, &mut weights);
+            bits(&weights)
+        });
+        assert_eq!(lifted.2, again);
         for (i, (page, range)) in case.pairs().iter().enumerate() {
             for pair in range {
                 let h = usize::from(case.heads[pair]);
@@ -123,27 +135,29 @@ fn logits_weights_and_best_scores_have_the_same_bits_on_every_set() {
                 }
             }
         }
-        let (weights, mass, added) = same(|isa| {
-            let (mut weights, mut mass) = (vec![0.0; case.logits.len()], vec![0.5; group * LANES]);
-            weigh(isa, &case.heads, &case.logits, &shift, (&mut weights, &mut mass));
+        let added = same(|isa| {
             let mut added = vec![0.0; case.heads.len()];
+            let weights: Vec<f32> = again.iter().map(|x| f32::from_bits(*x)).collect();
             sums(isa, &weights, &mut added);
-            (bits(&weights), bits(&mass), bits(&added))
+            bits(&added)
         });
-        let mut exact = vec![0.5f64; group * LANES];
+        let (mut exact, mut most) = (vec![0.5f64; group * LANES], vec![f32::NEG_INFINITY; group * LANES]);
         for (pair, &head) in case.heads.iter().enumerate() {
-            let mut sum = 0.0;
+            let (head, mut sum) = (usize::from(head), 0.0);
             for lane in 0..LANES {
-                let below = (case.logits[pair * LANES + lane] - shift[usize::from(head)]).min(0.0);
-                let weight = f64::from(below).exp();
-                assert!((f64::from(f32::from_bits(weights[pair * LANES + lane])) - weight).abs() < 1e-6);
-                exact[usize::from(head) * LANES + lane] += weight;
+                let logit = logits[pair * LANES + lane];
+                let weight = f64::from((logit - shift[head]).min(RISE_MAX)).exp();
+                let got = f64::from(f32::from_bits(again[pair * LANES + lane]));
+                assert!((got - weight).abs() <= 1e-6 * weight.max(1e-30));
+                exact[head * LANES + lane] += weight;
+                most[head * LANES + lane] = most[head * LANES + lane].max(logit);
                 sum += weight;
             }
-            assert!((f64::from(f32::from_bits(added[pair])) - sum).abs() < 1e-5);
+            assert!((f64::from(f32::from_bits(added[pair])) - sum).abs() <= 1e-5 * sum);
         }
-        for (got, exact) in mass.iter().zip(&exact) {
-            assert!((f64::from(f32::from_bits(*got)) - exact).abs() < 1e-5);
+        for (at, exact) in exact.iter().enumerate() {
+            assert!((f64::from(f32::from_bits(lifted.3[at])) - exact).abs() <= 1e-5 * exact);
+            assert_eq!(f32::from_bits(lifted.1[at]), most[at]);
         }
         let (top, tops) = same(|isa| {
             let (mut top, mut tops) = (vec![0.0; num_pages * LANES], vec![0.0; num_pages]);

@@ -1,0 +1,157 @@
+"""The rows of a batch on a CUDA device: hot rows and summaries there, everything else in host memory."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from .. import _floe
+from .rows import Plan, Tensors
+
+#: What the device runs for the policy `floe`: the same idea over consecutive pages, which it can score all at once.
+DEVICE_FLOE = "pagemean:sketch=k1,tail=page"
+
+_SETTINGS = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim", "policy", "budget", "sinks", "window", "seed")
+
+
+class CudaRows:
+    """Sequences of the engine on a CUDA device. All its work is queued on torch's current stream."""
+
+    def __init__(
+        self, settings: dict[str, Any], dtype: str, batch: int, device: torch.device, max_tokens: int, resident: float
+    ):
+        if not hasattr(_floe, "CudaEngine"):
+            raise ValueError(f"keys on {device}: this build of floe attends on the CPU; it has no feature `cuda`")
+        settings = dict(settings)
+        # As many as a step retrieves, and enough for the newest tokens besides.
+        hot_slots = settings.pop("hot_slots", 0) or max(512, settings["budget"])
+        if settings.pop("dense_layers", 0):
+            raise ValueError("config field `dense_layers`: must be 0 on a CUDA device")
+        unknown = [name for name in settings if name not in _SETTINGS]
+        if unknown:
+            raise ValueError(f"config field `{unknown[0]}`: has no meaning on a CUDA device")
+        if settings["policy"] == "floe":
+            warnings.warn(f"policy `floe` is `{DEVICE_FLOE}` on a CUDA device", stacklevel=2)
+            settings["policy"] = DEVICE_FLOE
+        self.device = device
+        self.engine = _floe.CudaEngine(
+            **settings,
+            device=device.index or 0,
+            dtype=dtype,
+            hot_slots=hot_slots,
+            max_sequences=batch,
+            max_tokens=max_tokens,
+            resident=resident,
+        )
+        self.sequences: list[int] = [self.engine.admit() for _ in range(batch)]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    #: The device reuses no earlier steps.
+    wants_q_pre = False
+
+    def attend(self, layer: int, tensors: Tensors, scale: float, plan: Plan) -> torch.Tensor:
+        """As `HostRows.attend`. The first forward pass is attended by SDPA; the tokens of later ones, however many, one by
+        one as the policy says: the earlier keys are no longer on the device."""
+        query, key, value = tensors.query, tensors.key, tensors.value
+        if plan.first:
+            return self._prompt(layer, query, key, value, scale, plan)
+        if plan.num_tokens == 1 and plan.whole:
+            # The common step. Each operation counts here: the device waits for Python more than for the device.
+            batch, num_heads, _, head_dim = query.shape
+            out = torch.empty(batch, 1, num_heads, head_dim, dtype=query.dtype, device=query.device)
+            self.engine.attend(layer, self.sequences, query, key, value, out, scale=scale, stream=self._stream(plan))
+            return out
+        steps = [self._step(layer, query, key, value, scale, (plan, token)) for token in range(plan.num_tokens)]
+        return torch.stack(steps, dim=1)
+
+    def _prompt(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, plan: Plan
+    ) -> torch.Tensor:
+        exact = {"is_causal": True, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        stream = self._stream(plan)
+        if plan.whole:
+            out = scaled_dot_product_attention(query, key, value, **exact).transpose(1, 2)
+        else:
+            out = query.new_zeros(query.shape).transpose(1, 2).contiguous()
+        for row, (sequence, real) in enumerate(zip(self.sequences, plan.real, strict=True)):
+            one = slice(row, row + 1)
+            qkv = [tensor[one] for tensor in (query, key, value)]
+            if real is not None:
+                real = real.to(self.device)
+                qkv = [tensor.index_select(2, real) for tensor in qkv]
+            if not plan.whole and qkv[0].shape[2]:
+                attended = scaled_dot_product_attention(*qkv, **exact).transpose(1, 2)[0]
+                if real is None:
+                    out[row] = attended
+                else:
+                    out[row].index_copy_(0, real, attended)
+            self.engine.prefill(
+                sequence, layer, qkv[1][0].transpose(0, 1), qkv[2][0].transpose(0, 1), stream=stream
+            )
+        return out.contiguous()
+
+    def _step(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        at: tuple[Plan, int],
+    ) -> torch.Tensor:
+        plan, token = at
+        q, k, v = (tensor.select(2, token) for tensor in (query, key, value))
+        rows = [row for row, real in enumerate(plan.real) if real is None or token in real]
+        out = q.new_zeros(q.shape)
+        if rows:
+            some = torch.tensor(rows, device=self.device)
+            part = torch.empty((len(rows), *q.shape[1:]), dtype=q.dtype, device=q.device)
+            chosen = (tensor.index_select(0, some) for tensor in (q, k, v))
+            sequences = [self.sequences[row] for row in rows]
+            self.engine.attend(layer, sequences, *chosen, part, scale=scale, stream=self._stream(plan))
+            out.index_copy_(0, some, part)
+        return out
+
+    def truncate(self, lengths: list[int]) -> None:
+        """As `HostRows.truncate`; only a few tokens, once a row no longer lies on the device whole."""
+        for sequence, length in zip(self.sequences, lengths, strict=True):
+            self.engine.truncate(sequence, length, self._stream())
+
+    def take(self, rows: list[int]) -> None:
+        """As `HostRows.take`, but no row more than once."""
+        if len(set(rows)) < len(rows):
+            raise ValueError("beam search and repeated rows: a sequence on a CUDA device cannot be forked")
+        for row, sequence in enumerate(self.sequences):
+            if row not in rows:
+                self.engine.close(sequence)
+        self.sequences = [self.sequences[row] for row in rows]
+
+    def set_policy(self, policy: str, budget: int) -> None:
+        """Not on a device: its memory is laid out for the policy it was opened with."""
+        raise ValueError(f"policy `{policy}`, budget {budget}: cannot be changed on a CUDA device once tokens are stored")
+
+    def save(self, folder: Path) -> int:
+        """Not on a device."""
+        raise ValueError(f"{folder}: a cache on a CUDA device cannot be saved")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict for all rows; waits for the device."""
+        return [self.engine.metrics(self._stream())]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device and in host memory."""
+        return self.engine.memory()
+
+    def _stream(self, plan: Plan | None = None) -> int:
+        """torch's current stream; asked for once a forward pass."""
+        if plan is None:
+            return torch.cuda.current_stream(self.device).cuda_stream
+        if plan.stream is None:
+            plan.stream = self._stream()
+        return plan.stream
