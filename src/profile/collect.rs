@@ -35,8 +35,8 @@ pub struct ProfilePlan {
 pub struct Collected {
     /// The access string.
     pub log: AccessLog,
-    /// Measured time of each stage, mean over steps and shards, on the machine that ran it.
-    pub stages_ns: [f64; 9],
+    /// Measured time of each stage by step, mean over the shards, on the machine that ran it.
+    pub stages_ns: Vec<[f64; 9]>,
 }
 
 /// Decodes every trace, shard by shard, and notes the retrieved units with their attention mass, and what a search with
@@ -89,10 +89,11 @@ pub fn collect(
         shard
     })?;
 
-    let mut stages_ns = [0.0; 9];
-    for (times, _) in shards.iter().flatten() {
-        let scale = 1.0 / (shards.len() * (end - start)) as f64;
-        stages_ns.iter_mut().zip(times.ns).for_each(|(sum, ns)| *sum += ns as f64 * scale);
+    let mut stages_ns = vec![[0.0; 9]; end - start];
+    for shard in &shards {
+        for (mean, (times, _)) in stages_ns.iter_mut().zip(shard) {
+            mean.iter_mut().zip(times.ns).for_each(|(sum, ns)| *sum += ns as f64 / shards.len() as f64);
+        }
     }
     let mut accesses: Vec<Vec<Access>> = (start..end).map(|_| Vec::with_capacity(order.len())).collect();
     for shard in shards {

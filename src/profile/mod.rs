@@ -9,11 +9,12 @@ mod collect;
 mod log;
 mod render;
 mod simulate;
+mod steps;
 
 pub use collect::{Collected, ProfilePlan, collect};
 pub use log::{Access, AccessLog, LogError, ShardName};
 pub use render::{PROFILE_SCHEMA, Profile, ProfileRow, html, rows, tables};
-pub use simulate::{Cell, SimPlan, Simulated, overlap, simulate};
+pub use simulate::{Cell, LayerTime, SimPlan, SimStep, Simulated, overlap, simulate, timed_steps};
 
 /// A profile that cannot be made as asked.
 #[derive(Debug, thiserror::Error)]

@@ -3,22 +3,18 @@
 
 use serde::Serialize;
 
-use super::{AccessLog, SimPlan, Simulated, overlap};
+use super::{AccessLog, SimPlan, Simulated, overlap, steps};
 use crate::policy::{EvictionKind, PrefetchKind};
-use crate::report::chart::{Axis, Part, Point, Series, XyChart};
+use crate::report::chart::{Axis, Point, Series, XyChart};
 use crate::report::page::{Figure, Headline, Page, Section};
 use crate::report::table::{Cell, Column, Row, Table};
-use crate::report::{Inks, NumberFormat, chart::BarChart};
-use crate::step::Stage;
+use crate::report::{Inks, NumberFormat};
 
 /// Value of the report's `schema` field. Later versions add fields and never rename them.
 pub const PROFILE_SCHEMA: &str = "floe-profile/1";
 
 /// The factor that headline and timeline show.
-const SHOWN_FACTOR: f64 = 2.0;
-
-/// Points of a plot over steps: enough to see a trend through the noise of single steps.
-const STEP_POINTS: usize = 96;
+pub(super) const SHOWN_FACTOR: f64 = 2.0;
 
 /// Everything that a report is made of.
 #[derive(Clone, Copy)]
@@ -29,8 +25,8 @@ pub struct Profile<'a> {
     pub plan: &'a SimPlan,
     /// One entry per combination.
     pub cells: &'a [Simulated],
-    /// Measured nanoseconds of each [`Stage`] per step and kv head; `None` when only a log was given.
-    pub stages_ns: Option<[f64; 9]>,
+    /// Measured nanoseconds of each stage ([`crate::step::Stage`]) by step, mean over the kv heads; `None` when only a log was given.
+    pub stages_ns: Option<&'a [[f64; 9]]>,
 }
 
 /// One row of the JSON report. Rates and shares lie in 0..=1; times are simulated.
@@ -119,7 +115,7 @@ impl Profile<'_> {
     }
 
     /// Combination of the default policy at the shown factor, or the first one.
-    fn shown(&self) -> Option<&Simulated> {
+    pub(super) fn shown(&self) -> Option<&Simulated> {
         let wanted = |c: &&Simulated| {
             c.cell.policy == EvictionKind::default()
                 && c.cell.prefetch == PrefetchKind::default()
@@ -228,9 +224,12 @@ pub fn html(profile: &Profile<'_>, command: &str) -> String {
             note: format!("link of {:.1} GB/s", profile.plan.link.gb_per_s),
         });
     }
-    page = page.section(by_slots(profile, &mut inks)).section(by_step(profile, &mut inks));
+    page = page.section(by_slots(profile, &mut inks)).section(steps::by_step(profile, &mut inks));
+    if let Some(cell) = profile.shown() {
+        page = page.section(steps::on_the_clock(profile, cell));
+    }
     if let Some(stages) = profile.stages_ns {
-        page = page.section(by_stage(&stages));
+        page = page.section(steps::by_stage(profile.log, stages));
     }
     let mut section = Section::new("All combinations");
     for (caption, table) in tables(profile) {
@@ -263,62 +262,6 @@ fn by_slots(profile: &Profile<'_>, inks: &mut Inks) -> Section {
     ])
 }
 
-fn by_step(profile: &Profile<'_>, inks: &mut Inks) -> Section {
-    let shown = profile.shown().map_or(SHOWN_FACTOR, |c| c.cell.slots_factor);
-    let x = || Axis::linear("position").unit("tokens").format(NumberFormat::Count);
-    let mut rate = XyChart::new(x(), Axis::linear("hit rate").format(NumberFormat::Percent(0))).with_legend();
-    let mut stall =
-        XyChart::new(x(), Axis::linear("simulated stall").format(NumberFormat::Micros)).with_legend();
-    let positions = &profile.log.positions;
-    let stretch = positions.len().div_ceil(STEP_POINTS).max(1);
-    let wanted =
-        |c: &&Simulated| c.cell.slots_factor == shown && c.cell.prefetch == profile.plan.prefetches[0];
-    for cell in profile.cells.iter().filter(wanted) {
-        let (name, ink) = (cell.cell.policy.name(), ink(inks, cell.cell.policy));
-        let points = |values: &[f64]| -> Vec<Point> {
-            let stretches = positions.chunks(stretch).zip(values.chunks(stretch));
-            let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
-            stretches.map(|(p, y)| Point::new(p[p.len() / 2] as f64, mean(y))).collect()
-        };
-        rate.push(Series::line(name, ink, points(&cell.hit_rate_by_step)));
-        stall.push(Series::line(name, ink, points(&cell.stall_by_step_us)));
-    }
-    Section::new(format!("Step by step, {shown}x slots")).figures([
-        Figure::new("Hit rate by step", rate).caption(format!(
-            "Each point averages {stretch} consecutive steps; the first step finds empty slots."
-        )),
-        Figure::new("Simulated stall by step", stall)
-            .caption("Sum over the layers of the profile; simulated."),
-    ])
-}
-
-fn by_stage(stages_ns: &[f64; 9]) -> Section {
-    let mut inks = Inks::new();
-    let parts = Stage::ALL.map(|stage| Part { label: stage.name().into(), ink: inks.category(stage.name()) });
-    let mut table =
-        Table::new([Column::text("stage"), Column::number("measured time"), Column::number("share")]);
-    let total: f64 = stages_ns.iter().sum();
-    for (stage, ns) in Stage::ALL.iter().zip(stages_ns) {
-        table.push_checked(Row::new([
-            Cell::text(stage.name()),
-            Cell::number(ns / 1e3, NumberFormat::Micros),
-            Cell::number(ns / total.max(f64::MIN_POSITIVE), NumberFormat::Percent(1)),
-        ]));
-    }
-    let section = Section::new("Where a step's time goes")
-        .prose("Measured on the machine that made this profile, per step and kv head, CPU backend, shards side by side.");
-    let axis = Axis::linear("measured time").format(NumberFormat::Micros);
-    let chart = BarChart::new(axis, parts).and_then(|mut chart| {
-        let micros: Vec<f64> = stages_ns.iter().map(|ns| ns / 1e3).collect();
-        chart.push("step", &micros).map(|()| chart)
-    });
-    let section = match chart {
-        Ok(chart) => section.figure(Figure::new("Stages of a step", chart)),
-        Err(reason) => section.prose(format!("No chart: {reason}.")),
-    };
-    section.table("Stages of a step", table)
-}
-
 fn combinations(profile: &Profile<'_>) -> Vec<(EvictionKind, PrefetchKind)> {
     let of = |policy: &EvictionKind| {
         let policy = *policy;
@@ -327,7 +270,7 @@ fn combinations(profile: &Profile<'_>) -> Vec<(EvictionKind, PrefetchKind)> {
     profile.plan.policies.iter().flat_map(of).collect()
 }
 
-fn ink(inks: &mut Inks, policy: EvictionKind) -> crate::report::Ink {
+pub(super) fn ink(inks: &mut Inks, policy: EvictionKind) -> crate::report::Ink {
     if policy == EvictionKind::default() { inks.own(policy.name()) } else { inks.rival(policy.name()) }
 }
 

@@ -32,6 +32,54 @@ pub struct Cell {
     pub slots_factor: f64,
 }
 
+/// One step of one combination, all shards together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SimStep {
+    /// Units asked for, found resident, moved on demand, moved ahead; bytes moved.
+    pub fetched: Fetched,
+    /// Simulated time that layers waited for the link, microseconds.
+    pub stall_us: f64,
+    /// Simulated time of the layers' own work, microseconds.
+    pub compute_us: f64,
+}
+
+impl SimStep {
+    /// Share of the requested units that were resident.
+    #[must_use]
+    pub fn hit_rate(&self) -> f64 {
+        self.fetched.hits as f64 / (self.fetched.requests as f64).max(1.0)
+    }
+}
+
+/// One layer of one step on the simulated clock, microseconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerTime {
+    /// Step, as an index into the log's positions.
+    pub step: usize,
+    /// Layer of the model.
+    pub layer: usize,
+    /// When the layer asked for its units.
+    pub start_us: f64,
+    /// How long it waited.
+    pub stall_us: f64,
+    /// When its own work was done.
+    pub end_us: f64,
+    /// When the link moved what was asked for during the layer; `None` when nothing was.
+    pub link_us: Option<(f64, f64)>,
+}
+
+/// Layers whose times are kept: about as many as a chart can show one by one.
+const TIMED_LAYERS: usize = 24;
+
+/// Consecutive steps from the middle of a log, of which the times of every layer are kept.
+#[must_use]
+pub fn timed_steps(log: &AccessLog) -> std::ops::Range<usize> {
+    let num_steps = log.accesses.len();
+    let wanted = (TIMED_LAYERS / layers(log).len().max(1)).clamp(1, num_steps);
+    let first = (num_steps - wanted) / 2;
+    first..first + wanted
+}
+
 /// What one combination did.
 #[derive(Clone, Debug)]
 pub struct Simulated {
@@ -51,10 +99,10 @@ pub struct Simulated {
     pub stall_us: f64,
     /// Simulated time per token in which the link moved data, microseconds.
     pub link_busy_us: f64,
-    /// Simulated stall of each step, microseconds.
-    pub stall_by_step_us: Vec<f64>,
-    /// Hit rate of each step.
-    pub hit_rate_by_step: Vec<f64>,
+    /// Every step.
+    pub steps: Vec<SimStep>,
+    /// Every layer of the [`timed_steps`].
+    pub layers: Vec<LayerTime>,
 }
 
 /// Mean share of a step's units that the step before asked for too (same shard).
@@ -133,10 +181,12 @@ fn run(log: &AccessLog, plan: &SimPlan, cell: Cell, optimum: f64) -> Result<Simu
         .collect();
     let layers = layers(log);
     let mut total = Fetched::default();
-    let (mut stall_by_step_us, mut hit_rate_by_step) = (Vec::new(), Vec::new());
+    let timed = timed_steps(log);
+    let (mut steps, mut times) = (Vec::with_capacity(log.accesses.len()), Vec::new());
     for (t, step) in log.accesses.iter().enumerate() {
-        let (mut stall, mut of_step) = (0.0, Fetched::default());
+        let mut of_step = SimStep::default();
         for (i, layer) in layers.iter().enumerate() {
+            let (start_us, link_from) = (link.now_us(), link.free_at_us().max(link.now_us()));
             for shard in layer.clone() {
                 shards[shard].demand(&step[shard].units, &mut link)?;
             }
@@ -159,14 +209,20 @@ fn run(log: &AccessLog, plan: &SimPlan, cell: Cell, optimum: f64) -> Result<Simu
                     shards[shard].prefetch(ahead, &mut link)?;
                 }
             }
-            stall += link.end_layer();
+            let stall_us = link.end_layer();
+            of_step.stall_us += stall_us;
+            of_step.compute_us += link.now_us() - start_us - stall_us;
             for shard in layer.clone() {
-                of_step.add(&shards[shard].finish(&step[shard].mass)?);
+                of_step.fetched.add(&shards[shard].finish(&step[shard].mass)?);
+            }
+            if timed.contains(&t) {
+                let link_us = (link.free_at_us() > link_from).then(|| (link_from, link.free_at_us()));
+                let (layer, end_us) = (log.shards[layer.start].layer, link.now_us());
+                times.push(LayerTime { step: t, layer, start_us, stall_us, end_us, link_us });
             }
         }
-        stall_by_step_us.push(stall);
-        hit_rate_by_step.push(of_step.hits as f64 / (of_step.requests as f64).max(1.0));
-        total.add(&of_step);
+        total.add(&of_step.fetched);
+        steps.push(of_step);
     }
     let tokens = log.accesses.len() as f64;
     let counters = shards.iter().map(|shard| shard.tier().counters());
@@ -178,10 +234,10 @@ fn run(log: &AccessLog, plan: &SimPlan, cell: Cell, optimum: f64) -> Result<Simu
         bytes_per_token: total.bytes as f64 / tokens,
         prefetch_accuracy: (ahead > 0).then(|| used as f64 / ahead as f64),
         wasted_bytes_per_token: ((ahead - used) as usize * log.unit_bytes) as f64 / tokens,
-        stall_us: stall_by_step_us.iter().sum::<f64>() / tokens,
+        stall_us: steps.iter().map(|step| step.stall_us).sum::<f64>() / tokens,
         link_busy_us: link.busy_us() / tokens,
-        stall_by_step_us,
-        hit_rate_by_step,
+        steps,
+        layers: times,
     })
 }
 
@@ -216,6 +272,10 @@ mod tests {
         }
     }
 
+    fn stalls(cell: &Simulated) -> Vec<f64> {
+        cell.steps.iter().map(|step| step.stall_us).collect()
+    }
+
     fn plan() -> SimPlan {
         let link = LinkModel { gb_per_s: 1.0, batch_latency_us: 2.0, layer_us: 10.0, overlap: 0.0 };
         let (policies, prefetches) = (EvictionKind::ALL.to_vec(), vec![PrefetchKind::None]);
@@ -243,8 +303,20 @@ mod tests {
     fn stalls_follow_from_the_link_model() {
         let log = log_of(vec![vec![1, 2], vec![1, 2], vec![2, 3]]);
         let cells = simulate(&log, &SimPlan { slots_factors: vec![2.0], ..plan() }).unwrap();
-        assert_eq!(cells[0].stall_by_step_us, [4.0, 0.0, 3.0]);
-        assert_eq!(cells[0].hit_rate_by_step, [0.0, 1.0, 0.5]);
+        assert_eq!(stalls(&cells[0]), [4.0, 0.0, 3.0]);
+        let rates: Vec<f64> = cells[0].steps.iter().map(SimStep::hit_rate).collect();
+        assert_eq!(rates, [0.0, 1.0, 0.5]);
+        // The same on the clock: a layer waits, then works; the link is busy while it waits.
+        let clock: Vec<_> =
+            cells[0].layers.iter().map(|l| (l.start_us, l.stall_us, l.end_us, l.link_us)).collect();
+        assert_eq!(
+            clock,
+            [
+                (0.0, 4.0, 14.0, Some((0.0, 4.0))),
+                (14.0, 0.0, 24.0, None),
+                (24.0, 3.0, 37.0, Some((24.0, 27.0)))
+            ]
+        );
         assert!((overlap(&log) - 0.75).abs() < 1e-12);
     }
 
@@ -256,7 +328,7 @@ mod tests {
         }
         let plan = SimPlan { prefetches: vec![PrefetchKind::Predicted], slots_factors: vec![2.0], ..plan() };
         let cell = &simulate(&log, &plan).unwrap()[0];
-        assert_eq!(cell.stall_by_step_us, [4.0, 0.0, 0.0]);
+        assert_eq!(stalls(cell), [4.0, 0.0, 0.0]);
         assert_eq!(cell.prefetch_accuracy, Some(1.0));
         assert_eq!(cell.hit_rate, 2.0 / 3.0);
     }

@@ -97,6 +97,12 @@ impl SimLink {
         self.now_us
     }
 
+    /// Moment at which the link has done what was submitted so far, microseconds.
+    #[must_use]
+    pub fn free_at_us(&self) -> f64 {
+        self.free_at_us
+    }
+
     /// Simulated time in which the link moved data.
     #[must_use]
     pub fn busy_us(&self) -> f64 {
