@@ -11,7 +11,7 @@ use proptest::prelude::*;
 /// f32 arithmetic over at most some hundred tokens: measured 2e-6, allowed ten times that.
 const EXACT: f64 = 2e-5;
 
-const POLICIES: [&str; 15] = [
+const POLICIES: [&str; 16] = [
     "full",
     "window",
     "int8",
@@ -27,11 +27,13 @@ const POLICIES: [&str; 15] = [
     "floe:sketch=k1",
     "floe",
     "floe:open=0.2,unit=page",
+    "floe:open_mass=0.1,detail=1",
 ];
 
 /// Policies that may leave budget unspent: the first four retrieve nothing, a graph does not reach every token, and a
 /// fraction of the super-nodes may hold fewer tokens than asked for.
-const UNDER_BUDGET: [&str; 6] = ["window", "int8", "int4", "kivi2", "hnsw", "floe:open=0.2,unit=page"];
+const UNDER_BUDGET: [&str; 7] =
+    ["window", "int8", "int4", "kivi2", "hnsw", "floe:open=0.2,unit=page", "floe:open_mass=0.1,detail=1"];
 
 /// Prefills `prefill` tokens in chunks and decodes the rest; returns the last output.
 fn run(layer: &Layer, config: Config, prefill: usize, chunks: &[usize]) -> Vec<f32> {

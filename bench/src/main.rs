@@ -5,6 +5,7 @@ mod index;
 #[cfg(feature = "cuda")]
 mod kernel;
 mod machine;
+mod reuse;
 mod stats;
 #[cfg(feature = "cuda")]
 mod step;
@@ -32,6 +33,8 @@ enum Command {
     /// The engine on the device: attention time of a token against full attention, over contexts and batches.
     #[cfg(feature = "cuda")]
     Step(step::Args),
+    /// A decode step with reuse against one without, on recorded queries.
+    Reuse(reuse::Args),
     /// Attention over the warm tier's slabs against the same attention over one flat array.
     Tiers(tiers::Args),
 }
@@ -44,6 +47,7 @@ fn main() -> anyhow::Result<()> {
         Command::Index(args) => index::run(&args),
         #[cfg(feature = "cuda")]
         Command::Step(args) => step::run(&args),
+        Command::Reuse(args) => reuse::run(&args),
         Command::Tiers(args) => tiers::run(&args),
     }
 }

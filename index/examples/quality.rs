@@ -2,7 +2,7 @@
 //!
 //! `FLOE_TRACES=dir cargo run --release -p floe-index --example quality -- [name=value ...]` prints, for each trace and segment, the
 //! mean relative error and the kept mass by budget, and the time of search and tail at the last budget (one
-//! thread each; set `RAYON_NUM_THREADS=1` for quiet timings). Values: `stride` (every n-th query), `budgets`, `index`, `open`, `sketch`.
+//! thread each; set `RAYON_NUM_THREADS=1` for quiet timings). Values: `stride` (every n-th query), `budgets`, `index`, `open`, `open_mass`, `detail`, `sketch`.
 #![allow(clippy::print_stdout, reason = "a report")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a tool for the bench: a bad file ends it")]
 
@@ -12,7 +12,9 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use floe_index::sketch::SketchConfig;
-use floe_index::{Batch, Dci, Flat, Found, KeyIndex, Query, Scratch, SearchParams, Tail, TailOut, Unit};
+use floe_index::{
+    Batch, DETAIL, Dci, Flat, Found, KeyIndex, Query, Scratch, SearchParams, Tail, TailOut, Unit,
+};
 use rayon::prelude::*;
 
 const SINKS: usize = 16;
@@ -125,6 +127,8 @@ fn main() {
     let budgets: Vec<usize> =
         options.get("budgets", "96,256,1024").split(',').map(|b| b.parse().unwrap()).collect();
     let open: f32 = options.get("open", "1").parse().unwrap();
+    let open_mass: f32 = options.get("open_mass", "0").parse().unwrap();
+    let detail: f32 = options.get("detail", &DETAIL.to_string()).parse().unwrap();
     let sketch: SketchConfig = options.get("sketch", "off").parse().unwrap();
     let unit = if options.get("unit", "page") == "page" { Unit::Page } else { Unit::Token };
     let tail = match options.get("tail", "tree").as_str() {
@@ -191,6 +195,8 @@ fn main() {
                                 tail,
                                 node_budget: usize::MAX,
                                 open_fraction: open,
+                                open_mass,
+                                detail,
                             };
                             index.search(&query, &exclude, &params, &mut scratch, &mut found).unwrap();
                             let mut out = vec![0.0; size];
@@ -222,6 +228,8 @@ fn main() {
                         tail,
                         node_budget: usize::MAX,
                         open_fraction: open,
+                        open_mass,
+                        detail,
                     };
                     let (mut out, mut lse) = (vec![0.0; size], vec![0.0; trace.group]);
                     for _ in 0..repeats {

@@ -160,6 +160,8 @@ fn main() {
                 tail: Tail::Tree,
                 node_budget: usize::MAX,
                 open_fraction,
+                open_mass: option("open_mass", "0").parse().unwrap(),
+                detail: option("detail", &floe_index::DETAIL.to_string()).parse().unwrap(),
             };
             let (mut scratch, mut found) = (Scratch::default(), Found::default());
             let (mut out, mut lse) = (vec![0.0; GROUP * DIM], vec![0.0; GROUP]);

@@ -81,11 +81,17 @@ pub(crate) fn query(query: &Query<'_>, dim: usize) -> Result<(), IndexError> {
 
 /// Ranges of the effort knobs.
 pub(crate) fn params(params: &SearchParams) -> Result<(), IndexError> {
-    if params.open_fraction > 0.0 && params.open_fraction <= 1.0 {
-        return Ok(());
+    let refuse =
+        |field, value: f32, expected| Err(IndexError::Config { field, value: f64::from(value), expected });
+    if !(params.open_fraction > 0.0 && params.open_fraction <= 1.0) {
+        return refuse("open_fraction", params.open_fraction, "in (0, 1]");
     }
-    let value = f64::from(params.open_fraction);
-    Err(IndexError::Config { field: "open_fraction", value, expected: "in (0, 1]" })
+    for (field, value) in [("open_mass", params.open_mass), ("detail", params.detail)] {
+        if !(value >= 0.0 && value.is_finite()) {
+            return refuse(field, value, "at least 0 and finite");
+        }
+    }
+    Ok(())
 }
 
 /// Order of the excluded ids.

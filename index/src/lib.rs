@@ -37,7 +37,7 @@ pub use found::Found;
 pub use hnsw::{Hnsw, HnswConfig};
 pub use icecache::Icecache;
 pub use index::{
-    Batch, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
+    Batch, DETAIL, Hit, KeyId, KeyIndex, MAX_DIM, MemoryReport, Query, SearchParams, Tail, TailOut, Unit,
 };
 pub use pages::ROTATION_SEED;
 pub use rotate::{DIM_MAX, Rotation};

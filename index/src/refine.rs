@@ -1,33 +1,38 @@
 //! Telling pages apart into their tokens: which pages, for which heads, and the tokens' logits and weights.
 
 use crate::blocks::{Blocks, LANES};
-use crate::found::{Frontier, Part, SILENT};
+use crate::found::{Frontier, Part, SILENT, room_for};
+use crate::pages::Pages;
 use crate::scratch::Scratch;
 use crate::search::{NODE_SPREAD, Pass, attend, ln_sum};
 use crate::simd::dense;
 use crate::simd::pairs::{self as kernels, Lift, Limits, RISE_MAX};
 use crate::simd::vectorise::add;
 
-/// A page is told apart for a head when its average token may hold more than e^-1.7 = 18 % of the mass of an average token.
-///
-/// Error at 256 tokens and pairs scored, relative to all pages told apart for all heads (traces of Qwen2.5-Coder-1.5B at 31K, -0.5B at
-/// 16K, SmolLM2-135M at 8K): at -2.7 without `REFINE_SPREAD` 1.03 / 1.08 / 1.02; with it at -2 1.02 / .99 / .92 for a few more pairs
-/// and at -1.4 1.06 / 1.01 / .97 for fewer. The error is spread over many pages, so a fixed share of each head's mass serves better
-/// than a fixed number of pages.
-const REFINE_MIN: f32 = -1.7;
-
-/// Share of the variance of a page's logits by which the mass that it may hold exceeds its own estimate: where tokens differ, the
-/// estimate is worst.
-const REFINE_SPREAD: f32 = 0.3;
+/// Share of the variance of an entry's logits by which the log mass that it may hold exceeds its own estimate: where tokens differ,
+/// the estimate is worst. Beside the 0.33 of the estimate itself, 0 to 0.6 were tried: for equal error on the 0.5B traces 0.3 needs a
+/// third fewer pairs of page and head than 0, on the 1.5B traces as many.
+pub(crate) const MASS_SPREAD: f32 = 0.3;
 
 impl Pass<'_> {
     /// Replaces pages that hold a visible share of a head's mass by their tokens, scored by their codes, and brings `norm` up to date.
-    pub(crate) fn refine(&mut self) {
+    pub(crate) fn refine(&mut self, detail: f32) {
         let Some(sketch) = self.pages.sketch.as_ref().filter(|sketch| sketch.config().k_bits() > 0) else {
             return;
         };
-        self.tell_apart();
         let group = self.found.frontier.group;
+        // A part holds at most sixteen pages.
+        let most = self.found.frontier.parts.len() * LANES;
+        self.found.frontier.refined.reserve(most, group);
+        let Scratch { homes, of_page, best, tops, expected, carried, deep, .. } = &mut *self.scratch;
+        room_for(homes, most);
+        room_for(of_page, most);
+        room_for(best, most * LANES);
+        room_for(tops, most.max(group * LANES));
+        room_for(expected, most);
+        room_for(carried, most * group);
+        deep.reserve(most, group);
+        self.tell_apart(detail);
         let Frontier { refined, logits: page_logits, shift, exps, rest, .. } = &mut self.found.frontier;
         if refined.pages.is_empty() {
             return;
@@ -85,15 +90,15 @@ impl Pass<'_> {
 
     /// Lists the pages to be told apart with their heads, takes them out of the exponentials of the parts, and adds up the others in
     /// `scratch.sums`.
-    fn tell_apart(&mut self) {
+    fn tell_apart(&mut self, detail: f32) {
         let Scratch { norm, quant, boost, limit, masks, sums, .. } = &mut *self.scratch;
         let Frontier { parts, logits, rest, taken, exps, refined, group, .. } = &mut self.found.frontier;
         let group = *group;
-        let threshold = REFINE_MIN - (self.pages.map.len().max(1) as f32).ln();
+        let threshold = threshold(detail, self.pages);
         limit.clear();
         limit.extend(norm.iter().map(|norm| norm + threshold));
         boost.clear();
-        boost.extend(quant.spread.iter().map(|by| by * (REFINE_SPREAD / NODE_SPREAD)));
+        boost.extend(quant.spread.iter().map(|by| by * (MASS_SPREAD / NODE_SPREAD)));
         masks.resize(group, 0);
         sums.clear();
         sums.resize(group * LANES, 0.0);
@@ -154,6 +159,11 @@ static BITS_OF: [([u16; 8], usize); 256] = {
     }
     all
 };
+
+/// Log share of the whole mass that is `times` as much as an average token's.
+pub(crate) fn threshold(times: f32, pages: &Pages) -> f32 {
+    times.ln() - (pages.map.len().max(1) as f32).ln()
+}
 
 /// `sums[h, lane] += exps[h, lane] * rest[lane]`
 fn add_mass(exps: &[f32], rest: &[f32], sums: &mut [f32]) {

@@ -203,10 +203,10 @@ impl Pass<'_> {
         if params.unit == Unit::Page {
             self.select(params);
             if params.tail != Tail::Off {
-                self.refine();
+                self.refine(params.detail);
             }
         } else {
-            self.refine();
+            self.refine(params.detail);
             self.select(params);
         }
     }

@@ -203,6 +203,14 @@ fn bad_input_is_refused_by_name_and_changes_nothing() {
                 Err(IndexError::Config { field: "open_fraction", .. })
             ));
         }
+        for value in [-1.0, f32::INFINITY, f32::NAN] {
+            let (open, detail) =
+                (SearchParams { open_mass: value, ..params }, SearchParams { detail: value, ..params });
+            for (params, name) in [(open, "open_mass"), (detail, "detail")] {
+                let refused = ask(&good, &[], &params);
+                assert!(matches!(refused, Err(IndexError::Config { field, .. }) if field == name));
+            }
+        }
         let found = search(index.as_ref(), &good, &[], &params);
         index.remove(&ids[..1]).unwrap();
         let (mut out, mut lse) = (vec![0.0; 2 * dim], vec![0.0; 2]);

@@ -5,7 +5,7 @@ mod common;
 
 use common::clustered;
 use floe_index::sketch::SketchConfig;
-use floe_index::{Dci, Found, KeyIndex, Scratch, SearchParams, Tail, TailOut, Unit};
+use floe_index::{DETAIL, Dci, Found, KeyIndex, Scratch, SearchParams, Tail, TailOut, Unit};
 
 fn grown(n: usize, dim: usize, sketch: SketchConfig) -> Dci {
     let data = clustered(n, dim, 4, 21);
@@ -55,7 +55,7 @@ fn every_effort_knob_changes_the_work_and_respects_its_bound() {
     index.build(&data.batch(0..n)).unwrap();
     let run = |open_fraction, node_budget| {
         let params =
-            SearchParams { budget: 128, unit: Unit::Page, tail: Tail::Tree, node_budget, open_fraction };
+            SearchParams { node_budget, open_fraction, ..SearchParams::exact(128, Unit::Page, Tail::Tree) };
         let mut found = Found::default();
         index.search(&data.query(1), &[], &params, &mut Scratch::default(), &mut found).unwrap();
         assert_eq!(found.tail_tokens() + found.tokens.len(), n);
@@ -68,6 +68,41 @@ fn every_effort_knob_changes_the_work_and_respects_its_bound() {
     assert!(all.2 > quarter.2 && quarter.2 > few.2);
     let capped = run(1.0, 1000);
     assert!(capped.1 <= 1000 && capped.1 > 500, "{capped:?}");
+}
+
+#[test]
+fn opening_by_mass_leaves_only_what_holds_little() {
+    let (n, dim) = (40_000, 64);
+    let data = clustered(n, dim, 4, 21);
+    let mut index = Dci::with_sketch(dim, SketchConfig::K1).unwrap();
+    index.build(&data.batch(0..n)).unwrap();
+    let (mut scratch, mut found) = (Scratch::default(), Found::default());
+    let mut run = |j: usize, open_mass, detail| {
+        let exact = SearchParams::exact(176, Unit::Token, Tail::Tree);
+        let params = SearchParams { open_mass, detail, ..exact };
+        let query = data.query(j);
+        index.search(&query, &[], &params, &mut scratch, &mut found).unwrap();
+        let (mut out, mut lse) = (vec![0.0; 4 * dim], vec![0.0; 4]);
+        let state = TailOut { out: &mut out, lse: &mut lse };
+        index.tail(&query, &[], &found, &mut scratch, state).unwrap();
+        assert_eq!(found.tail_tokens() + found.tokens.len(), n);
+        let ids: Vec<u32> = found.tokens.iter().map(|hit| hit.id).collect();
+        (ids, found.pages_opened, found.pages_refined, out)
+    };
+    let (mut same, mut off, mut size) = (0, 0.0, 0.0);
+    for j in 0..16 {
+        let all = run(j, 0.0, DETAIL);
+        let some = run(j, 0.05, DETAIL);
+        assert!(some.1 < all.1 && some.1 > 0, "{} of {} pages opened", some.1, all.1);
+        same += some.0.iter().filter(|id| all.0.contains(id)).count();
+        off += some.3.iter().zip(&all.3).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        size += all.3.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+        // Nothing is told apart beyond all bounds, everything without one.
+        assert_eq!(run(j, 0.0, 1e9).2, 0);
+        assert!(run(j, 0.0, 0.0).2 >= n / 16 && all.2 < n / 16, "{} pages", all.2);
+    }
+    assert!(same >= 16 * 174, "{same} of {}", 16 * 176);
+    assert!((off / size).sqrt() < 0.02, "{}", (off / size).sqrt());
 }
 
 #[test]

@@ -30,13 +30,8 @@ fn restored_index_answers_and_grows_like_the_original() {
             let more = clustered(n + 600, 64, 2, 10);
             let (mut a, mut b) = (Found::default(), Found::default());
             for round in 0..2 {
-                let params = SearchParams {
-                    budget: 50,
-                    unit: Unit::Token,
-                    tail: Tail::Tree,
-                    node_budget: usize::MAX,
-                    open_fraction: 0.5,
-                };
+                let params =
+                    SearchParams { open_fraction: 0.5, ..SearchParams::exact(50, Unit::Token, Tail::Tree) };
                 index.search(&more.query(round), &[], &params, &mut Scratch::default(), &mut a).unwrap();
                 again.search(&more.query(round), &[], &params, &mut Scratch::default(), &mut b).unwrap();
                 assert_eq!(a.tokens, b.tokens);

@@ -21,6 +21,7 @@ def replay(
     budgets: AnySequence[int] = (96, 256, 1024),
     segments: AnySequence[str] = (),
     max_queries: int = 0,
+    decode_from: str = "index-until",
     seed: int = 0,
     threads: int = 0,
 ) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def replay(
         budgets: tokens attended exactly per kv head and step, sinks and window included.
         segments: segments to measure; none = all in the decoded part.
         max_queries: measure at most this many queries of each trace, evenly spaced; 0 = all.
+        decode_from: where the prefill ends: `index-until`, as the trace says, or `first-query`, for policies that learn.
         seed: seed of the policies' random parts.
         threads: 0 = one per core.
 
@@ -47,6 +49,7 @@ def replay(
         budgets=list(budgets),
         segments=list(segments),
         max_queries=max_queries,
+        decode_from=decode_from,
         seed=seed,
         threads=threads,
     )

@@ -117,6 +117,7 @@ impl PyEngine {
             "head_dim": config.heads.head_dim(),
             "dtype": dtype_name(config.kv_dtype),
             "policy": config.policy.spec(),
+            "reuse": *config.policy.reuse() != floe::reuse::ReuseKind::Off,
             "budget": config.budget,
             "sinks": config.sinks,
             "window": config.window,

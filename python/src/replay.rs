@@ -6,7 +6,7 @@ use floe::Policy;
 use floe::page::Unit;
 use floe::policy::{EvictionKind, PrefetchKind};
 use floe::profile::{PROFILE_SCHEMA, Profile, ProfilePlan, SimPlan, collect, overlap, rows, simulate};
-use floe::replay::{REPLAY_SCHEMA, ReplayPlan, replay as replay_trace, summarise};
+use floe::replay::{DecodeFrom, REPLAY_SCHEMA, ReplayPlan, replay as replay_trace, summarise};
 use floe::step::Stage;
 use floe::trace::Trace;
 use floe::transfer::LinkModel;
@@ -21,7 +21,7 @@ use crate::trace::PyTrace;
 
 /// Accuracy of policies against full attention on recorded traces.
 #[pyfunction]
-#[pyo3(signature = (traces, *, policies, budgets, segments, max_queries, seed, threads))]
+#[pyo3(signature = (traces, *, policies, budgets, segments, max_queries, decode_from, seed, threads))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
 pub fn replay<'py>(
     py: Python<'py>,
@@ -30,11 +30,17 @@ pub fn replay<'py>(
     budgets: Vec<usize>,
     segments: Vec<String>,
     max_queries: usize,
+    decode_from: &str,
     seed: u64,
     threads: usize,
 ) -> PyResult<Bound<'py, PyDict>> {
     let policies = policies.iter().map(|spec| spec.parse::<Policy>().or_py_err()).collect::<PyResult<_>>()?;
-    let plan = ReplayPlan { policies, budgets, segments, max_queries, seed, threads };
+    let decode_from = match decode_from {
+        "index-until" => DecodeFrom::IndexUntil,
+        "first-query" => DecodeFrom::FirstQuery,
+        other => return Err(bad_field("decode_from", other, "must be index-until or first-query")),
+    };
+    let plan = ReplayPlan { policies, budgets, segments, max_queries, decode_from, seed, threads };
     let traces: Vec<Arc<Trace>> = traces.iter().map(|trace| trace.trace.clone()).collect();
     let replays = py
         .detach(|| {

@@ -37,6 +37,8 @@ class StandIn:
 
     def attend(self, layer, sequences, q, k, v, out, *, scale, stream):
         assert len(set(sequences)) == len(sequences)
+        # As the device does, [n, 1, heads, dim] and [n, heads, 1, dim] are [n, heads, dim].
+        q, k, v, out = (tensor.reshape(len(sequences), -1, tensor.shape[-1]) for tensor in (q, k, v, out))
         for i, sequence in enumerate(sequences):
             self.sequences[sequence].decode(layer, q[i], k[i], v[i], scale=scale, out=out[i])
 
@@ -61,7 +63,7 @@ def on_device(monkeypatch):
 
     monkeypatch.setattr(_floe, "CudaEngine", StandIn, raising=False)
     monkeypatch.setattr(FloeCache, "open_rows", open_rows)
-    monkeypatch.setattr(CudaRows, "_stream", lambda rows: 0)
+    monkeypatch.setattr(CudaRows, "_stream", lambda rows, plan=None: 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "qwen3", "llama-mha", "smollm3"])
@@ -134,7 +136,7 @@ def test_floe_says_what_it_is_on_a_device(on_device):
     cache = FloeCache(model.config, budget=128, sinks=16)
     with pytest.warns(UserWarning, match="policy `floe` is `pagemean:sketch=k1,tail=page` on a CUDA device"):
         model.generate(prompt(1, 20), past_key_values=cache, max_new_tokens=2)
-    assert cache._rows.engine.hot_slots == 256
+    assert cache._rows.engine.hot_slots == 512
 
 
 def test_a_build_without_the_feature_says_so(monkeypatch):

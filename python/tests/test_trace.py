@@ -101,6 +101,8 @@ def test_profile_puts_every_policy_beside_the_optimum(bundled_trace):
 def test_reports_refuse_what_they_cannot_do(bundled_trace, tmp_path):
     with pytest.raises(ValueError, match="replay field `budgets` is empty"):
         floe.replay(bundled_trace, budgets=[])
+    with pytest.raises(ValueError, match="config field `decode_from` = now"):
+        floe.replay(bundled_trace, decode_from="now")
     with pytest.raises(ValueError, match="no segment `prologue`"):
         floe.replay(bundled_trace, segments=["prologue"])
     with pytest.raises(ValueError, match="eviction policy `fifo`"):

@@ -308,6 +308,39 @@ def test_drafts_are_checked_sparsely_when_asked():
     assert (logits[0] - logits[2]).abs().max() > TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama-rope-yarn", "smollm3"])
+def test_reuse_gets_the_queries_before_rotation(name, monkeypatch):
+    from floe.transformers import rows
+
+    model = enable(build(name))
+    seen = {}
+    hooked = model.model.layers[1].self_attn
+    hooked = getattr(hooked, "q_norm", hooked.q_proj)
+    hooked.register_forward_hook(lambda _m, _i, out: seen.update(pre=out.detach()))
+    attend_row = rows._attend_row
+
+    def spy(sequence, layer, tensors, *rest):
+        if layer == 1 and tensors[3] is not None:
+            before = seen["pre"].view(1, 1, 4, -1)[0]
+            assert (tensors[3] - before).abs().max() < 5e-6 * before.abs().max()
+            seen["checked"] = True
+        attend_row(sequence, layer, tensors, *rest)
+
+    monkeypatch.setattr(rows, "_attend_row", spy)
+    cache = FloeCache(model.config, policy="reuse:min=64,lottery=0.2", budget=64, sinks=4, window=16)
+    ids = prompt(1, 300)
+    with torch.no_grad():
+        model(input_ids=ids[:, :280], past_key_values=cache)
+        for i in range(280, 300):
+            # The same token again and again: its queries match those before.
+            model(input_ids=ids[:, 280:281], past_key_values=cache)
+    assert seen["checked"]
+    cache = FloeCache(model.config, policy="full")
+    with torch.no_grad():
+        model(input_ids=ids[:, :20], past_key_values=cache)
+    assert not cache.wants_q_pre
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     model = build("qwen3", dtype)

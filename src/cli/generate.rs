@@ -2,15 +2,17 @@
 
 use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use floe::host::{
-    CandleAttention, CandleKv, FloeBackend, KvBackend, Model, PhaseTime, ReadCounters, Sampler, Session,
+    CandleAttention, CandleKv, FloeBackend, HostError, HostResult, KvBackend, Model, PhaseTime, ReadCounters,
+    Sampler, Session,
 };
-use floe::{Config, KvDtype, Policy};
+use floe::page::Unit;
+use floe::{Config, HotConfig, KvDtype, Policy};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[derive(Args)]
@@ -21,6 +23,12 @@ pub struct GenerateArgs {
     /// Prompt file, `-` = standard input; with `--prompt`, the file comes first.
     #[arg(long, value_name = "TEXT", required_unless_present = "prompt")]
     prompt_file: Option<PathBuf>,
+    /// After the prompt file's prefill, save its keys, values and index here; `--prompt` is then a question about it.
+    #[arg(long, value_name = "FILE", requires = "prompt_file", conflicts_with = "load_kv")]
+    save_kv: Option<PathBuf>,
+    /// Ask `--prompt` about a prompt file that was saved by `--save-kv`, without prefill of that file.
+    #[arg(long, value_name = "FILE", requires = "prompt", conflicts_with = "prompt_file")]
+    load_kv: Option<PathBuf>,
     /// Prompt on the command line.
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
@@ -61,6 +69,9 @@ pub struct KvArgs {
     /// Element type of the stored keys and values.
     #[arg(long, value_enum, default_value_t = DtypeArg::F16)]
     kv_dtype: DtypeArg,
+    /// Slots of the hot tier per kv head, one token each; 0 = none. On the CPU it saves no time: it tells the hit rate.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    hot_slots: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -94,8 +105,9 @@ impl KvArgs {
         let shape = model.config();
         let config = Config::new(shape.num_layers, shape.heads, self.kv_dtype.into());
         let (policy, budget, dense_layers) = (self.policy.clone(), self.budget, self.dense_layers);
-        let spans = shape.spans.clone();
-        Ok(FloeBackend::open(Config { policy, budget, dense_layers, spans, seed, ..config })?)
+        let (spans, model) = (shape.spans.clone(), model.name.clone());
+        let hot = HotConfig { slots: self.hot_slots, unit: Unit::Row, ..HotConfig::default() };
+        Ok(FloeBackend::open(Config { model, policy, budget, dense_layers, spans, seed, hot, ..config })?)
     }
 }
 
@@ -106,13 +118,21 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
 
 fn run_in_pool(args: GenerateArgs) -> anyhow::Result<()> {
     let mut sampler = Sampler::new(args.temperature, args.top_p, args.seed)?;
-    let text = prompt(&args)?;
+    let keeps = args.save_kv.as_ref().or(args.load_kv.as_ref());
+    if keeps.is_some() && args.attention != AttentionArg::Floe {
+        let (field, value) = ("save-kv, load-kv", "FILE".to_owned());
+        let reason = "only floe's attention saves and loads".to_owned();
+        return Err(HostError::Argument { field, value, reason }.into());
+    }
+    let prompt = Prompt::read(&args)?;
     let model = Model::open(&args.model)?;
-    let tokens = if args.raw { model.tokenizer.encode(&text)? } else { model.chat_tokens(&text)? };
     let (times, read) = match args.attention {
         AttentionArg::Floe => {
             let mut kv = args.kv.open(&model, args.seed)?;
-            let times = answer(&args, &model, (&tokens, &mut sampler), &mut kv)?;
+            let times = match keeps {
+                Some(path) => answer_kept(&args, (&model, &prompt), &mut sampler, (&mut kv, path))?,
+                None => answer(&args, &model, (&prompt.tokens(&args, &model)?, &mut sampler), &mut kv)?,
+            };
             let memory = kv.memory()?;
             (times, Some((kv.counters(), memory.kv_bytes, memory.index_bytes)))
         }
@@ -120,14 +140,80 @@ fn run_in_pool(args: GenerateArgs) -> anyhow::Result<()> {
             let flash = args.attention == AttentionArg::CandleFlash;
             let attention = if flash { CandleAttention::Flash } else { CandleAttention::Matmul };
             let mut kv = CandleKv::new(model.config(), attention);
-            let times = answer(&args, &model, (&tokens, &mut sampler), &mut kv)?;
+            let times = answer(&args, &model, (&prompt.tokens(&args, &model)?, &mut sampler), &mut kv)?;
             (times, None)
         }
     };
     summary(&times, read)
 }
 
+/// What the user wrote.
+struct Prompt {
+    file: String,
+    question: String,
+}
+
+impl Prompt {
+    fn read(args: &GenerateArgs) -> anyhow::Result<Self> {
+        let mut file = String::new();
+        match &args.prompt_file {
+            Some(path) if path.as_os_str() == "-" => {
+                io::stdin()
+                    .read_to_string(&mut file)
+                    .context("cannot read the prompt from standard input")?;
+            }
+            Some(path) => {
+                file = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read {}", path.display()))?;
+            }
+            None => {}
+        }
+        Ok(Self { file, question: args.prompt.clone().unwrap_or_default() })
+    }
+
+    /// File and question as one.
+    fn tokens(&self, args: &GenerateArgs, model: &Model) -> HostResult<Vec<u32>> {
+        let gap = if self.file.is_empty() || self.question.is_empty() { "" } else { "\n\n" };
+        let text = format!("{}{gap}{}", self.file, self.question);
+        if args.raw { model.tokenizer.encode(&text) } else { model.chat_tokens(&text) }
+    }
+
+    /// The file, and what follows it up to the answer. The second part needs the first only where it was written.
+    fn parts(&self, args: &GenerateArgs, model: &Model) -> HostResult<[Vec<u32>; 2]> {
+        let around = model.chat_around(&self.file)?;
+        let (before, after) = if args.raw { (self.file.clone(), String::new()) } else { around };
+        let question = format!("{}{after}", self.question);
+        Ok([model.tokenizer.encode(&before)?, model.tokenizer.encode_more(&question)?])
+    }
+}
+
+/// Answers a question about a file whose keys and values are saved after its prefill, or loaded in place of it.
+fn answer_kept(
+    args: &GenerateArgs,
+    (model, prompt): (&Model, &Prompt),
+    sampler: &mut Sampler,
+    (kv, path): (&mut FloeBackend, &Path),
+) -> anyhow::Result<Times> {
+    let [file, question] = prompt.parts(args, model)?;
+    let mut before = Times::default();
+    if args.load_kv.is_some() {
+        kv.load(path)?;
+    } else {
+        let mut session = Session::new(model, kv);
+        let bar = prefill_bar(file.len())?;
+        session.prefill(&file, &mut |done| bar.inc(done as u64))?;
+        bar.finish_and_clear();
+        before = Times { prefill: session.prefill, index: session.index, decode: PhaseTime::default() };
+        kv.save(path)?;
+    }
+    let mut times = answer(args, model, (&question, sampler), kv)?;
+    times.prefill.add(&before.prefill);
+    times.index += before.index;
+    Ok(times)
+}
+
 /// Where the time went.
+#[derive(Default)]
 struct Times {
     prefill: PhaseTime,
     index: Duration,
@@ -191,6 +277,19 @@ fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow:
             per_step(read.full_kv_bytes),
             read.full_kv_bytes as f64 / both.max(1) as f64,
         )?;
+        let asked = read.fetched;
+        match asked.requests {
+            0 => writeln!(
+                stderr,
+                "hot      off; --hot-slots 512 tells the hit rate of so many slots a kv head"
+            )?,
+            requests => writeln!(
+                stderr,
+                "hot      hit rate {:.1} %, {:.2} MB a token moved",
+                100.0 * asked.hits as f64 / requests as f64,
+                per_step(asked.bytes as u64),
+            )?,
+        }
         writeln!(
             stderr,
             "memory   KV {:.1} MB, index {:.1} MB, built in {:.2} s",
@@ -200,25 +299,6 @@ fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow:
         )?;
     }
     Ok(())
-}
-
-fn prompt(args: &GenerateArgs) -> anyhow::Result<String> {
-    let mut text = String::new();
-    if let Some(path) = &args.prompt_file {
-        if path.as_os_str() == "-" {
-            io::stdin().read_to_string(&mut text).context("cannot read the prompt from standard input")?;
-        } else {
-            text =
-                std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        }
-    }
-    if let Some(more) = &args.prompt {
-        if !text.is_empty() {
-            text.push_str("\n\n");
-        }
-        text.push_str(more);
-    }
-    Ok(text)
 }
 
 /// Draws on stderr, and only when that is a terminal.

@@ -31,10 +31,11 @@ impl PhaseTime {
         if seconds > 0.0 { self.tokens as f64 / seconds } else { 0.0 }
     }
 
-    fn add(&mut self, tokens: usize, total: Duration, attend: Duration) {
-        self.tokens += tokens;
-        self.total += total;
-        self.attend += attend;
+    /// Adds up.
+    pub fn add(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.total += other.total;
+        self.attend += other.attend;
     }
 }
 
@@ -72,7 +73,8 @@ impl<'a> Session<'a> {
             if i == last {
                 logits = self.model.decoder.last_logits(&hidden)?;
             }
-            self.prefill.add(part.len(), started.elapsed(), hidden.attend_time);
+            let (tokens, attend) = (part.len(), hidden.attend_time);
+            self.prefill.add(&PhaseTime { tokens, total: started.elapsed(), attend });
             progress(part.len());
         }
         let started = Instant::now();
@@ -94,7 +96,8 @@ impl<'a> Session<'a> {
         let started = Instant::now();
         let hidden = self.model.decoder.forward(&[token], Phase::Decode, self.kv)?;
         let logits = self.model.decoder.last_logits(&hidden)?;
-        self.decode.add(1, started.elapsed(), hidden.attend_time);
+        let attend = hidden.attend_time;
+        self.decode.add(&PhaseTime { tokens: 1, total: started.elapsed(), attend });
         Ok(logits)
     }
 
@@ -108,7 +111,8 @@ impl<'a> Session<'a> {
         let started = Instant::now();
         let hidden = self.model.decoder.forward(tokens, Phase::Decode, self.kv)?;
         let logits = self.model.decoder.logits(&hidden, keep)?.to_vec2()?;
-        self.decode.add(tokens.len(), started.elapsed(), hidden.attend_time);
+        let (tokens, attend) = (tokens.len(), hidden.attend_time);
+        self.decode.add(&PhaseTime { tokens, total: started.elapsed(), attend });
         Ok(logits)
     }
 

@@ -164,7 +164,8 @@ impl Selector for Indexed {
 /// Search parameters of every step, the budget aside.
 fn params(options: &IndexOptions) -> SearchParams {
     let exact = SearchParams::exact(0, options.unit, options.tail);
-    SearchParams { open_fraction: options.open, ..exact }
+    let IndexOptions { open, open_mass, detail, .. } = *options;
+    SearchParams { open_fraction: open, open_mass, detail, ..exact }
 }
 
 fn index_query<'a>(query: &GroupQuery<'a>, attended_lse: &'a [f32]) -> Query<'a> {

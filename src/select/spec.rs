@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use floe_cuda::cpu::quant::QuantKind;
 use floe_index::sketch::SketchConfig;
-use floe_index::{Tail, Unit};
+use floe_index::{DETAIL, Tail, Unit};
 
 use crate::reuse::{CalibratedOptions, MacOptions, ReuseKind};
 
@@ -53,15 +53,25 @@ pub struct IndexOptions {
     pub unit: Unit,
     /// `open`: fraction of the super-nodes that a search may open, in (0, 1].
     pub open: f32,
+    /// `open_mass`: super-nodes whose average token may hold at most this many times the mass of an average token stay unopened.
+    pub open_mass: f32,
+    /// `detail`: pages whose average token may hold more than this many times the mass of an average token are told apart into
+    /// tokens by the sketch.
+    pub detail: f32,
 }
 
 impl IndexOptions {
     /// `floe` alone: the most accurate sketch within 17 % of the KV's bytes (bench/README.md has the curve).
-    pub const FLOE: Self =
-        Self { tail: Tail::Tree, sketch: SketchConfig::K2V1, unit: Unit::Token, open: 1.0 };
+    pub const FLOE: Self = Self { tail: Tail::Tree, sketch: SketchConfig::K2V1, ..Self::PAGEMEAN };
     /// `pagemean` alone: top pages, nothing else.
-    pub const PAGEMEAN: Self =
-        Self { tail: Tail::Off, sketch: SketchConfig::OFF, unit: Unit::Token, open: 1.0 };
+    pub const PAGEMEAN: Self = Self {
+        tail: Tail::Off,
+        sketch: SketchConfig::OFF,
+        unit: Unit::Token,
+        open: 1.0,
+        open_mass: 0.0,
+        detail: DETAIL,
+    };
 }
 
 /// A policy text that cannot be understood.
@@ -250,6 +260,8 @@ fn index_options(
                 }
             }
             "open" => parsed.open = pair.number("a number in (0, 1]", |f| *f > 0.0 && *f <= 1.0)?,
+            "open_mass" => parsed.open_mass = pair.number("a number of at least 0", is_multiple)?,
+            "detail" => parsed.detail = pair.number("a number of at least 0", is_multiple)?,
             "reuse" => {
                 on = Some(match pair.value {
                     "on" => true,
@@ -258,7 +270,10 @@ fn index_options(
                 });
             }
             "max_error" => bound = Some((pair, pair.number("a number in (0, 1)", is_share)?)),
-            _ => return Err(unknown_key(policy, pair.key, "tail, sketch, unit, open, reuse, max_error")),
+            _ => {
+                let known = "tail, sketch, unit, open, open_mass, detail, reuse, max_error";
+                return Err(unknown_key(policy, pair.key, known));
+            }
         }
     }
     match (on, bound) {
@@ -271,6 +286,10 @@ fn index_options(
         (_, None) => {}
     }
     Ok(parsed)
+}
+
+fn is_multiple(x: &f32) -> bool {
+    *x >= 0.0 && x.is_finite()
 }
 
 fn is_share(x: &f32) -> bool {
@@ -333,6 +352,7 @@ mod tests {
             "floe:tail=off",
             "pagemean:sketch=k1,tail=page",
             "floe:tail=tree,sketch=k2v2,unit=token,open=0.25",
+            "floe:open_mass=0.1,detail=1",
             "floe:reuse=on,max_error=0.1",
             "mac",
             "mac:tau=0.75,ring=1024,band=128,sinks=4,min=0",
@@ -361,6 +381,8 @@ mod tests {
             ("floe:tial=page", vec!["floe", "tial"]),
             ("floe:sketch=k3", vec!["sketch", "k3", "k2v1"]),
             ("floe:open=0", vec!["open", "`0`", "(0, 1]"]),
+            ("floe:open_mass=-1", vec!["open_mass", "`-1`", "at least 0"]),
+            ("floe:detail=inf", vec!["detail", "`inf`", "at least 0"]),
             ("pagemean:unit=word", vec!["pagemean", "unit", "word"]),
             ("floe:tail=page,tail=off", vec!["twice"]),
             ("floe:reuse=yes", vec!["reuse", "yes", "on, off"]),

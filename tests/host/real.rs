@@ -12,9 +12,13 @@ const SMOLLM2: &str = "smollm2-135m-instruct-q4_1.gguf";
 const QWEN: &str = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf";
 const GEMMA: &str = "gemma-3-270m-q4_k_m.gguf";
 
-fn open(file: &str) -> Option<Model> {
+fn model_path(file: &str) -> PathBuf {
     let own = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models");
-    let path = std::env::var_os("FLOE_MODELS").map_or(own, PathBuf::from).join(file);
+    std::env::var_os("FLOE_MODELS").map_or(own, PathBuf::from).join(file)
+}
+
+fn open(file: &str) -> Option<Model> {
+    let path = model_path(file);
     if path.exists() {
         return Some(Model::open(path).unwrap());
     }
@@ -110,6 +114,52 @@ fn smollm2_full_equals_candle_token_for_token() {
     let want = answer(&model, &mut CandleKv::new(model.config(), CandleAttention::Matmul), &prompt, 48);
     assert_eq!(want.len(), 48, "the answer is long enough to tell");
     assert_eq!(answer(&model, &mut floe(&model, KvDtype::F32, "full", 256), &prompt, 48), want);
+}
+
+/// Runs `floe generate` on a model of `models/`; exit code, answer, messages.
+fn generate(model: &str, args: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_floe"));
+    command.args(["generate", "--max-new-tokens", "16", "--model", model]).args(args);
+    let output = command.output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn smollm2_answers_from_saved_keys_and_values() {
+    let Some(model) = open(SMOLLM2) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (document, kv, file) = (path("document.txt"), path("document.kv"), model_path(SMOLLM2));
+    let file = file.to_str().unwrap();
+    std::fs::write(&document, filler(&model, 900)).unwrap();
+    let question = ["--prompt", "Who walked to the market, and when?"];
+    let save =
+        [&question[..], &["--prompt-file", &document, "--save-kv", &kv, "--hot-slots", "512"]].concat();
+    let load = [&question[..], &["--load-kv", &kv, "--hot-slots", "512"]].concat();
+    let (code, first, said) = generate(file, &save);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(first.trim().len() > 10, "{first}");
+    assert!(said.contains("hit rate"), "{said}");
+    let (code, second, said) = generate(file, &load);
+    assert_eq!((code, &second), (Some(0), &first), "{said}");
+    // Question and template alone are run.
+    let prefilled = said.split_whitespace().nth(1).and_then(|n| n.parse::<usize>().ok());
+    assert!(prefilled.is_some_and(|n| n < 40), "{said}");
+
+    let refused = |file: &str, kv: &str, word: &str| {
+        let (code, answer, said) = generate(file, &[&question[..], &["--load-kv", kv]].concat());
+        assert_eq!((code, answer.as_str()), (Some(2), ""), "{said}");
+        assert!(said.starts_with("error: ") && said.contains(word), "{word}: {said}");
+    };
+    refused(file, &path("absent"), "absent");
+    refused(file, &document, "no page file");
+    let other = super::tiny::write(folder.path(), "llama", &super::tiny::metadata("llama"));
+    refused(other.to_str().unwrap(), &kv, "`model`");
+    let mut bytes = std::fs::read(&kv).unwrap();
+    bytes.truncate(bytes.len() - 100);
+    std::fs::write(&kv, bytes).unwrap();
+    refused(file, &kv, "document.kv");
 }
 
 #[test]

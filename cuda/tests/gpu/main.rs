@@ -7,6 +7,7 @@
 
 mod decode;
 mod fetch;
+mod real;
 mod rig;
 mod scan;
 mod states;

@@ -1,12 +1,13 @@
 //! Search: open the nodes that hold most of the estimated mass, level by level, then rank what was opened.
 
 use super::Dci;
-use crate::blocks::LANES;
+use crate::blocks::{Blocks, LANES};
 use crate::error::IndexError;
 use crate::found::Found;
 use crate::index::{KeyId, Query, SearchParams, Tail};
+use crate::refine::{MASS_SPREAD, threshold};
 use crate::scratch::Scratch;
-use crate::search::Pass;
+use crate::search::{NODE_SPREAD, Pass};
 
 /// Nodes of an upper level are opened until they could hold this many times the super-nodes that will be opened.
 const SLACK: usize = 16;
@@ -23,7 +24,8 @@ impl Dci {
         pass.begin(query, exclude, params)?;
         let blocks = self.pages.blocks.num_blocks();
         let wanted = ((blocks as f64 * f64::from(params.open_fraction)).ceil() as usize).max(1);
-        if self.tree.top() == 0 || (wanted >= blocks && params.node_budget == usize::MAX) {
+        let unlimited = wanted >= blocks && params.node_budget == usize::MAX && params.open_mass == 0.0;
+        if self.tree.top() == 0 || unlimited {
             for block in 0..blocks {
                 pass.add_pages(block);
             }
@@ -55,7 +57,7 @@ impl Dci {
             } else {
                 (SLACK * wanted).div_ceil(LANES.pow(level as u32 - 1)).max(1).min(afford / 2)
             };
-            pass.rank_nodes(first, &mut ranked);
+            pass.rank_nodes(nodes, (first, params.open_mass), &mut ranked);
             let quota = quota.min(ranked.len());
             if quota > 0 && quota < ranked.len() {
                 ranked.select_nth_unstable_by(quota - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
@@ -123,22 +125,28 @@ fn merge(counts: &mut Vec<(u32, u32)>) {
 }
 
 impl Pass<'_> {
-    /// Estimated log mass of every node scored since part `first`, largest over the heads, normalised over these nodes.
-    fn rank_nodes(&mut self, first: usize, ranked: &mut Vec<(f32, u32)>) {
+    /// Estimated log mass of every node scored since part `first`, largest over the heads, normalised over these nodes; nodes that may
+    /// hold too little by `open_mass` are left out.
+    fn rank_nodes(&mut self, nodes: &Blocks, (first, open_mass): (usize, f32), ranked: &mut Vec<(f32, u32)>) {
         self.normalise(first);
-        let norm = &self.scratch.norm;
+        let Scratch { norm, quant, .. } = &*self.scratch;
         let frontier = &self.found.frontier;
+        let threshold = threshold(open_mass, self.pages);
         ranked.clear();
         for part in first..frontier.parts.len() {
             let rest = frontier.rest_of(part);
+            let spread = &nodes.spread[Blocks::entries(frontier.parts[part].block as usize)];
             for lane in (0..LANES).filter(|&lane| rest[lane] > 0.0) {
-                let best = frontier
-                    .logits_of(part)
-                    .chunks_exact(LANES)
-                    .zip(norm)
-                    .map(|(row, norm)| row[lane] - norm)
-                    .fold(f32::NEG_INFINITY, f32::max);
-                ranked.push((best + rest[lane].ln(), (part * LANES + lane) as u32));
+                let (mut best, mut may_hold) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+                let heads = frontier.logits_of(part).chunks_exact(LANES).zip(norm);
+                for ((row, norm), by) in heads.zip(&quant.spread) {
+                    let score = row[lane] - norm;
+                    best = best.max(score);
+                    may_hold = may_hold.max(score + by * (MASS_SPREAD / NODE_SPREAD) * spread[lane]);
+                }
+                if may_hold > threshold {
+                    ranked.push((best + rest[lane].ln(), (part * LANES + lane) as u32));
+                }
             }
         }
     }

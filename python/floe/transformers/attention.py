@@ -11,8 +11,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .layer import LAYER_OF_KEY, FloeLayer, StoredLength
+from .rope import unrotate
 
 NAME = "floe"
+
+#: Attribute of an attention module: the decoder's rotary embedding.
+ROTARY = "_floe_rotary"
 
 #: `model_type`s whose tests pass: grouped-query attention, rotary embedding with paired halves, no softcap, no sinks.
 SUPPORTED = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
@@ -39,6 +43,11 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     if model_type not in SUPPORTED:
         raise ValueError(f"model type `{model_type}`: not supported; supported are {', '.join(SUPPORTED)}")
     model.set_attn_implementation(NAME)
+    rotary = model.get_decoder().rotary_emb
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
+            # Past torch's own book-keeping: the module is the decoder's, not the layer's.
+            object.__setattr__(module, ROTARY, rotary)
     return model
 
 
@@ -74,7 +83,22 @@ def floe_attention(
     if dropout:
         raise ValueError(f"attention dropout {dropout}: floe attends in inference only; call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(query, key, value, scale), None
+    q_pre = None
+    if layer.cache.wants_q_pre:
+        q_pre = before_rotation(module, query, kwargs.get("position_ids"))
+    return layer.attend(query, key, value, q_pre, scale), None
+
+
+def before_rotation(
+    module: torch.nn.Module, query: torch.Tensor, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Queries of an enabled model's attention module before their rotary embedding, float32."""
+    if not getattr(module, "use_rope", True):
+        # Some layers of SmolLM3 have no positions.
+        return query.float()
+    if position_ids is None:
+        raise ValueError("no position_ids reached the attention: decode reuse needs them")
+    return unrotate(getattr(module, ROTARY), query, position_ids)
 
 
 def floe_mask(*, kv_length: int, q_length: int, batch_size: int, **kwargs: Any) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_
 from .. import Engine
 from .cuda_rows import CudaRows
 from .layer import FloeLayer
-from .rows import DTYPES, HostRows, Plan
+from .rows import DTYPES, HostRows, Plan, Tensors
 
 _MANIFEST = "cache.json"
 _SLIDING = "sliding.safetensors"
@@ -163,12 +163,14 @@ class FloeCache(Cache):
         else:
             raise ValueError(f"keys on {key.device}: floe attends on the CPU and on CUDA devices")
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Stores and attends the new tokens of one layer of the engine. Head-major tensors in, [batch, tokens,
-        num_q_heads, head_dim] out."""
-        out = self._rows.attend(layer, query, key, value, scale, self._plan)
+    @property
+    def wants_q_pre(self) -> bool:
+        """Whether the attention function has to turn the queries of this forward pass back."""
+        return self._plan is not None and self._plan.sparse and self._rows is not None and self._rows.wants_q_pre
+
+    def attend(self, layer: int, tensors: Tensors, scale: float) -> torch.Tensor:
+        """Stores and attends the new tokens of one layer of the engine; [batch, tokens, num_q_heads, head_dim]."""
+        out = self._rows.attend(layer, tensors, scale, self._plan)
         if layer + 1 == len(self._floe_layers):
             self._plan = None
         return out

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import _floe
-from .rows import Plan
+from .rows import Plan, Tensors
 
 #: What the device runs for the policy `floe`: the same idea over consecutive pages, which it can score all at once.
 DEVICE_FLOE = "pagemean:sketch=k1,tail=page"
@@ -27,7 +27,8 @@ class CudaRows:
         if not hasattr(_floe, "CudaEngine"):
             raise ValueError(f"keys on {device}: this build of floe attends on the CPU; it has no feature `cuda`")
         settings = dict(settings)
-        hot_slots = settings.pop("hot_slots", 0) or 2 * settings["budget"]
+        # As many as a step retrieves, and enough for the newest tokens besides.
+        hot_slots = settings.pop("hot_slots", 0) or max(512, settings["budget"])
         if settings.pop("dense_layers", 0):
             raise ValueError("config field `dense_layers`: must be 0 on a CUDA device")
         unknown = [name for name in settings if name not in _SETTINGS]
@@ -51,24 +52,30 @@ class CudaRows:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, plan: Plan
-    ) -> torch.Tensor:
+    #: The device reuses no earlier steps.
+    wants_q_pre = False
+
+    def attend(self, layer: int, tensors: Tensors, scale: float, plan: Plan) -> torch.Tensor:
         """As `HostRows.attend`. The first forward pass is attended by SDPA; the tokens of later ones, however many, one by
         one as the policy says: the earlier keys are no longer on the device."""
-        query, key, value = query.detach(), key.detach(), value.detach()
+        query, key, value = tensors.query, tensors.key, tensors.value
         if plan.first:
             return self._prompt(layer, query, key, value, scale, plan)
+        if plan.num_tokens == 1 and plan.whole:
+            # The common step. Each operation counts here: the device waits for Python more than for the device.
+            batch, num_heads, _, head_dim = query.shape
+            out = torch.empty(batch, 1, num_heads, head_dim, dtype=query.dtype, device=query.device)
+            self.engine.attend(layer, self.sequences, query, key, value, out, scale=scale, stream=self._stream(plan))
+            return out
         steps = [self._step(layer, query, key, value, scale, (plan, token)) for token in range(plan.num_tokens)]
-        return steps[0].unsqueeze(1) if len(steps) == 1 else torch.stack(steps, dim=1)
+        return torch.stack(steps, dim=1)
 
     def _prompt(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, plan: Plan
     ) -> torch.Tensor:
         exact = {"is_causal": True, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-        stream = self._stream()
-        whole = all(real is None for real in plan.real)
-        if whole:
+        stream = self._stream(plan)
+        if plan.whole:
             out = scaled_dot_product_attention(query, key, value, **exact).transpose(1, 2)
         else:
             out = query.new_zeros(query.shape).transpose(1, 2).contiguous()
@@ -78,7 +85,7 @@ class CudaRows:
             if real is not None:
                 real = real.to(self.device)
                 qkv = [tensor.index_select(2, real) for tensor in qkv]
-            if not whole and qkv[0].shape[2]:
+            if not plan.whole and qkv[0].shape[2]:
                 attended = scaled_dot_product_attention(*qkv, **exact).transpose(1, 2)[0]
                 if real is None:
                     out[row] = attended
@@ -99,23 +106,17 @@ class CudaRows:
         at: tuple[Plan, int],
     ) -> torch.Tensor:
         plan, token = at
-        q, k, v = (tensor[:, :, token] for tensor in (query, key, value))
+        q, k, v = (tensor.select(2, token) for tensor in (query, key, value))
         rows = [row for row, real in enumerate(plan.real) if real is None or token in real]
-        if len(rows) == len(self):
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            self._attend(layer, self.sequences, (q, k, v, out), scale)
-            return out
         out = q.new_zeros(q.shape)
         if rows:
             some = torch.tensor(rows, device=self.device)
             part = torch.empty((len(rows), *q.shape[1:]), dtype=q.dtype, device=q.device)
-            tensors = (*(tensor.index_select(0, some) for tensor in (q, k, v)), part)
-            self._attend(layer, [self.sequences[row] for row in rows], tensors, scale)
+            chosen = (tensor.index_select(0, some) for tensor in (q, k, v))
+            sequences = [self.sequences[row] for row in rows]
+            self.engine.attend(layer, sequences, *chosen, part, scale=scale, stream=self._stream(plan))
             out.index_copy_(0, some, part)
         return out
-
-    def _attend(self, layer: int, sequences: list[int], tensors: tuple[torch.Tensor, ...], scale: float) -> None:
-        self.engine.attend(layer, sequences, *tensors, scale=scale, stream=self._stream())
 
     def truncate(self, lengths: list[int]) -> None:
         """As `HostRows.truncate`; only a few tokens, once a row no longer lies on the device whole."""
@@ -147,5 +148,10 @@ class CudaRows:
         """Bytes on the device and in host memory."""
         return self.engine.memory()
 
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream
+    def _stream(self, plan: Plan | None = None) -> int:
+        """torch's current stream; asked for once a forward pass."""
+        if plan is None:
+            return torch.cuda.current_stream(self.device).cuda_stream
+        if plan.stream is None:
+            plan.stream = self._stream()
+        return plan.stream

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .rows import Tensors
+
 if TYPE_CHECKING:
     from .cache import FloeCache
 
@@ -56,9 +58,16 @@ class FloeLayer(CacheLayerMixin):
         setattr(key_states, LAYER_OF_KEY, self)
         return key_states, value_states
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        q_pre: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
         """Stores the rows and attends: [batch, tokens, num_q_heads, head_dim] of the query's dtype, zeros for padding."""
-        out = self.cache.attend(self.index, query, key, value, scale)
+        out = self.cache.attend(self.index, Tensors(query, key, value, q_pre), scale)
         self.num_tokens += query.shape[2]
         return out
 

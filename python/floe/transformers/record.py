@@ -12,15 +12,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .. import write_trace
-from .attention import NAME, RECORDER, enable
-from .rope import unrotate
+from .attention import NAME, RECORDER, before_rotation, enable
 
 
 class _Shards:
     """Collects, for some layers, the keys and values of all tokens and the queries of the last ones."""
 
-    def __init__(self, model: PreTrainedModel, layers: Iterable[int], first_query: int):
-        self.rotary = _rotary(model)
+    def __init__(self, layers: Iterable[int], first_query: int):
         self.first_query = first_query
         self.position_ids = torch.empty(1, 0, dtype=torch.long)
         self.kept: dict[int, dict[str, list[torch.Tensor]]] = {
@@ -44,9 +42,8 @@ class _Shards:
         if skip < num_tokens:
             query = query[:, :, skip:]
             kept["q"].append(_rounded(query[0]))
-            if self.rotated[module.layer_idx]:
-                query = unrotate(self.rotary, query, self.position_ids[:, skip:].to(query.device))
-            kept["q_pre"].append(_rounded(query[0]))
+            before = before_rotation(module, query, self.position_ids[:, skip:].to(query.device))
+            kept["q_pre"].append(_rounded(before[0]))
 
 
 def record(
@@ -101,7 +98,7 @@ def record(
     heads = _chosen("heads", heads, num_kv_heads)
     first_query = num_tokens - num_queries
 
-    shards = _Shards(model, layers, first_query)
+    shards = _Shards(layers, first_query)
     attention = model.config._attn_implementation
     enable(model)
     token = RECORDER.set(shards)
@@ -173,13 +170,6 @@ def _chosen(field: str, given: Iterable[int] | None, count: int) -> list[int]:
     if wrong:
         raise ValueError(f"{field} = {wrong[0]}: the model has {count}")
     return chosen
-
-
-def _rotary(model: PreTrainedModel) -> torch.nn.Module:
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    if rotary is None:
-        raise ValueError(f"model type `{model.config.model_type}`: no rotary embedding found")
-    return rotary
 
 
 def _rounded(tensor: torch.Tensor) -> torch.Tensor:

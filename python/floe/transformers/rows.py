@@ -25,6 +25,28 @@ class Plan:
     first: bool
     #: Whether it is attended as the policy says; else exactly.
     sparse: bool
+    #: Stream of a CUDA device on which it runs, once somebody has asked.
+    stream: int | None = None
+
+    def __post_init__(self) -> None:
+        #: Whether no row has padding.
+        self.whole = all(real is None for real in self.real)
+
+
+@dataclass
+class Tensors:
+    """What one layer's attention gets: [batch, heads, tokens, head_dim], head-major as transformers has it."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    #: The query before rotary embedding, for decode reuse.
+    q_pre: torch.Tensor | None = None
+
+    def of_row(self, row: int) -> list[torch.Tensor | None]:
+        """One row's tensors, token-major [tokens, heads, head_dim], in place where their rows are contiguous."""
+        tensors = (self.query, self.key, self.value, self.q_pre)
+        return [None if tensor is None else _token_major(tensor[row]) for tensor in tensors]
 
 
 class HostRows:
@@ -37,25 +59,27 @@ class HostRows:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, plan: Plan
-    ) -> torch.Tensor:
-        """Stores and attends the new tokens of one layer: [batch, heads, tokens, head_dim] in, [batch, tokens, num_q_heads,
-        head_dim] out, zeros for padding."""
-        batch, num_heads, num_tokens, head_dim = query.shape
+    @property
+    def wants_q_pre(self) -> bool:
+        """Whether the policy reuses earlier steps, which it finds by the query before rotary embedding."""
+        return self.engine.config["reuse"]
+
+    def attend(self, layer: int, tensors: Tensors, scale: float, plan: Plan) -> torch.Tensor:
+        """Stores and attends the new tokens of one layer; [batch, tokens, num_q_heads, head_dim], zeros for padding."""
+        batch, num_heads, num_tokens, head_dim = tensors.query.shape
         out = torch.empty(batch, num_tokens, num_heads, head_dim)
         for row, (sequence, real) in enumerate(zip(self.sequences, plan.real, strict=True)):
-            qkv = [_token_major(tensor[row]) for tensor in (query, key, value)]
+            own = tensors.of_row(row)
             if real is None:
-                _attend_row(sequence, layer, qkv, scale, out[row], plan.sparse)
+                _attend_row(sequence, layer, own, scale, out[row], plan.sparse)
                 continue
             out[row].zero_()
             if len(real):
-                qkv = [tensor.index_select(0, real) for tensor in qkv]
-                result = torch.empty(qkv[0].shape)
-                _attend_row(sequence, layer, qkv, scale, result, plan.sparse)
+                own = [None if tensor is None else tensor.index_select(0, real) for tensor in own]
+                result = torch.empty(len(real), num_heads, head_dim)
+                _attend_row(sequence, layer, own, scale, result, plan.sparse)
                 out[row].index_copy_(0, real, result)
-        return out.to(query.dtype)
+        return out.to(tensors.query.dtype)
 
     def truncate(self, lengths: list[int]) -> None:
         """Keeps the first tokens of each row."""
@@ -100,17 +124,23 @@ class HostRows:
 
 
 def _attend_row(
-    sequence: Sequence, layer: int, qkv: list[torch.Tensor], scale: float, out: torch.Tensor, sparse: bool
+    sequence: Sequence,
+    layer: int,
+    tensors: list[torch.Tensor | None],
+    scale: float,
+    out: torch.Tensor,
+    sparse: bool,
 ) -> None:
+    q, k, v, q_pre = tensors
     if not sparse:
-        sequence.prefill(layer, *qkv, scale=scale, out=out)
+        sequence.prefill(layer, q, k, v, scale=scale, out=out)
         return
     for token in range(out.shape[0]):
         one = slice(token, token + 1)
-        sequence.decode(layer, *(tensor[one] for tensor in qkv), scale=scale, out=out[one])
+        before = None if q_pre is None else q_pre[one]
+        sequence.decode(layer, q[one], k[one], v[one], q_pre=before, scale=scale, out=out[one])
 
 
 def _token_major(tensor: torch.Tensor) -> torch.Tensor:
-    """[heads, tokens, head_dim] as [tokens, heads, head_dim], in place where the rows are contiguous."""
     tensor = tensor.detach().transpose(0, 1)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

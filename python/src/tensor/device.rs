@@ -47,7 +47,8 @@ pub struct CudaTensor {
 
 impl CudaTensor {
     /// Takes anything with `__dlpack__` on CUDA device `ordinal`: `[n, heads, head_dim]` of bfloat16, float16 or float32, rows
-    /// contiguous. `field` names it in errors.
+    /// contiguous; a fourth dimension, the second or third, may stand for one token, as in transformers' tensors. `field`
+    /// names it in errors.
     pub fn import(
         field: &'static str,
         object: &Bound<'_, PyAny>,
@@ -71,8 +72,16 @@ impl CudaTensor {
             }
         };
         let strides = tensor.strides_or_compact().map_err(|error| broken(&error))?;
-        let ([n, heads, dim], &[outer, middle, inner]) = (tensor.shape(), &*strides) else {
-            return Err(bad_tensor(field, "a shape [n, heads, head_dim]", format!("{:?}", tensor.shape())));
+        let (([n, heads, dim], &[outer, middle, inner])
+        | ([n, 1, heads, dim], &[outer, _, middle, inner])
+        | ([n, heads, 1, dim], &[outer, middle, _, inner])) = (tensor.shape(), &*strides)
+        else {
+            let got = format!("{:?}", tensor.shape());
+            return Err(bad_tensor(
+                field,
+                "a shape [n, heads, head_dim], or with one token beside the heads",
+                got,
+            ));
         };
         if *dim > 1 && inner != 1 {
             return Err(bad_tensor(

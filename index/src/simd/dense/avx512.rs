@@ -195,48 +195,66 @@ pub(super) fn weigh(exps: &[f32], (rest, scales): (&[f32], &[f32]), weights: &mu
     }
 }
 
-/// Heads whose sums are kept in registers at once: eight hide the latency of four cycles at two products a cycle.
+/// Heads whose sums are kept in registers at once.
 const HEADS: usize = 8;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn accumulate(values: &[i8], weights: &[f32], out: &mut [f32]) {
     let dim = values.len() / LANES;
     for (weights, out) in weights.chunks(HEADS * LANES).zip(out.chunks_mut(HEADS * dim)) {
+        // Eight sums or more hide the latency of four cycles at two products a cycle.
         match weights.len() / LANES {
-            1 => accumulate_of::<1>(values, weights, out),
-            2 => accumulate_of::<2>(values, weights, out),
-            3 => accumulate_of::<3>(values, weights, out),
-            4 => accumulate_of::<4>(values, weights, out),
-            5 => accumulate_of::<5>(values, weights, out),
-            6 => accumulate_of::<6>(values, weights, out),
-            7 => accumulate_of::<7>(values, weights, out),
-            _ => accumulate_of::<8>(values, weights, out),
+            1 => accumulate_of::<1, 4>(values, weights, out),
+            2 => accumulate_of::<2, 4>(values, weights, out),
+            3 => accumulate_of::<3, 4>(values, weights, out),
+            4 => accumulate_of::<4, 2>(values, weights, out),
+            5 => accumulate_of::<5, 2>(values, weights, out),
+            6 => accumulate_of::<6, 2>(values, weights, out),
+            7 => accumulate_of::<7, 2>(values, weights, out),
+            _ => accumulate_of::<8, 2>(values, weights, out),
         }
     }
 }
 
+/// `WIDE` registers of values side by side: each weight is spread over a register once for all of them.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn accumulate_of<const G: usize>(values: &[i8], weights: &[f32], out: &mut [f32]) {
+fn accumulate_of<const G: usize, const WIDE: usize>(values: &[i8], weights: &[f32], out: &mut [f32]) {
     let dim = values.len() / LANES;
     assert!(weights.len() == G * LANES && out.len() == G * dim && values.len() == LANES * dim);
-    for d in (0..dim).step_by(LANES) {
-        let mask: __mmask16 = if dim - d >= LANES { !0 } else { (1 << (dim - d)) - 1 };
-        let mut sums = [_mm512_setzero_ps(); G];
-        for (h, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: the mask keeps lanes `d..dim` of head `h`'s row.
-            *sum = unsafe { _mm512_maskz_loadu_ps(mask, out.as_ptr().add(h * dim + d)) };
-        }
-        for e in 0..LANES {
-            // SAFETY: the mask keeps bytes `d..dim` of entry `e`'s row.
-            let codes = unsafe { _mm_maskz_loadu_epi8(mask, values.as_ptr().add(e * dim + d)) };
-            let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-            for (h, sum) in sums.iter_mut().enumerate() {
-                *sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * LANES + e]), codes, *sum);
+    for first in (0..dim).step_by(WIDE * LANES) {
+        let masks: [__mmask16; WIDE] = std::array::from_fn(|w| {
+            let left = dim.saturating_sub(first + w * LANES).min(LANES);
+            ((1u32 << left) - 1) as u16
+        });
+        let mut sums = [[_mm512_setzero_ps(); WIDE]; G];
+        for (h, sums) in sums.iter_mut().enumerate() {
+            for (w, sum) in sums.iter_mut().enumerate() {
+                let row = out.as_ptr().wrapping_add(h * dim + first + w * LANES);
+                // SAFETY: the mask keeps lanes of head `h`'s row only; where it is empty the address is not used.
+                *sum = unsafe { _mm512_maskz_loadu_ps(masks[w], row) };
             }
         }
-        for (h, sum) in sums.into_iter().enumerate() {
-            // SAFETY: as for the load.
-            unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr().add(h * dim + d), mask, sum) };
+        for e in 0..LANES {
+            let mut codes = [_mm512_setzero_ps(); WIDE];
+            for (w, codes) in codes.iter_mut().enumerate() {
+                let row = values.as_ptr().wrapping_add(e * dim + first + w * LANES);
+                // SAFETY: the mask keeps bytes of entry `e`'s row only; where it is empty the address is not used.
+                let bytes = unsafe { _mm_maskz_loadu_epi8(masks[w], row) };
+                *codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+            }
+            for (h, sums) in sums.iter_mut().enumerate() {
+                let weight = _mm512_set1_ps(weights[h * LANES + e]);
+                for (sum, codes) in sums.iter_mut().zip(codes) {
+                    *sum = _mm512_fmadd_ps(weight, codes, *sum);
+                }
+            }
+        }
+        for (h, sums) in sums.into_iter().enumerate() {
+            for (w, sum) in sums.into_iter().enumerate() {
+                let row = out.as_mut_ptr().wrapping_add(h * dim + first + w * LANES);
+                // SAFETY: as for the load.
+                unsafe { _mm512_mask_storeu_ps(row, masks[w], sum) };
+            }
         }
     }
 }
