@@ -18,11 +18,11 @@ const BUNDLED: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/qwen2.5-coder-1.5b_persuasion-8k_L20H0.safetensors");
 
 fn rows(path: &Path, policies: &[&str]) -> Vec<ReuseRow> {
-    let policies = policies.iter().map(|p| p.parse().unwrap()).collect();
+    let parsed = policies.iter().map(|p| p.parse().unwrap()).collect();
     let plan = ReplayPlan {
         decode_from: DecodeFrom::FirstQuery,
         threads: 2,
-        ..ReplayPlan::new(policies, vec![256])
+        ..ReplayPlan::new(parsed, vec![256])
     };
     let rows = reuse_rows(&replay(&Trace::open(path).unwrap(), &plan, &|| {}).unwrap());
     assert_eq!(rows.len(), policies.len());
