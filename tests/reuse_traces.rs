@@ -19,11 +19,8 @@ const BUNDLED: &str =
 
 fn rows(path: &Path, policies: &[&str]) -> Vec<ReuseRow> {
     let parsed = policies.iter().map(|p| p.parse().unwrap()).collect();
-    let plan = ReplayPlan {
-        decode_from: DecodeFrom::FirstQuery,
-        threads: 2,
-        ..ReplayPlan::new(parsed, vec![256])
-    };
+    let plan =
+        ReplayPlan { decode_from: DecodeFrom::FirstQuery, threads: 2, ..ReplayPlan::new(parsed, vec![256]) };
     let rows = reuse_rows(&replay(&Trace::open(path).unwrap(), &plan, &|| {}).unwrap());
     assert_eq!(rows.len(), policies.len());
     rows
