@@ -76,9 +76,9 @@ template <typename E, int D, Source S> struct Decode {
     __device__ __forceinline__ TileSource locate(uint32_t t) const {
         TileSource s{0, 0xffffu, RESIDENT};
         if constexpr (S == Source::Pages || S == Source::Fetch) {
-            s.entry = __ldcg(p.entries + first + t);
-            if (p.masks) s.mask = __ldcg(p.masks + first + t);
-            if constexpr (S == Source::Fetch) s.host = __ldcg(p.host_pages + first + t);
+            s.entry = p.entries[first + t];
+            if (p.masks) s.mask = p.masks[first + t];
+            if constexpr (S == Source::Fetch) s.host = p.host_pages[first + t];
         } else {
             const uint32_t at = t * TILE_ROWS, left = count - at;
             if (left < TILE_ROWS) s.mask = (1u << left) - 1;
@@ -86,7 +86,7 @@ template <typename E, int D, Source S> struct Decode {
                 s.entry = first + at;
             } else {
                 const uint32_t row = min(uint32_t(lane) % TILE_ROWS, left - 1);
-                s.entry = __ldcg(p.entries + first + at + row);
+                s.entry = p.entries[first + at + row];
             }
         }
         return s;

@@ -82,7 +82,7 @@ template <typename E, int D, int BITS, int HEADS> struct SketchScan {
             }
         }
         x.scales = __ldcs(reinterpret_cast<const uint2 *>(p.scales) + uint64_t(at) * 4 + g % 4);
-        x.mask = at < end ? uint32_t(__ldcg(p.masks + at)) >> (4 * (g % 4)) & 0xf : 0;
+        x.mask = at < end ? uint32_t(p.masks[at]) >> (4 * (g % 4)) & 0xf : 0;
         return x;
     }
 
@@ -227,7 +227,7 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
             for (int h = 0; h < HEADS; h++) {
                 const uint32_t at = page + g + 8 * x;
                 base[x][h] = min_nan(c[2 * x + h] * p.scale, 3.4028234e38f);
-                const bool none = at >= end || __ldcg(p.masks + min(at, p.num_pages - 1)) == 0;
+                const bool none = at >= end || p.masks[min(at, p.num_pages - 1)] == 0;
                 if (int(q * HEADS + h) < heads)
                     p.scores[score_at(page / 16, p.group, head0 + q * HEADS + h, g + 8 * x)] = none ? -INFINITY : base[x][h];
             }

@@ -215,10 +215,7 @@ fn steps_over_a_real_trace_err_as_their_bits_allow() {
     let k1 = step_error(&trace, (1, 0));
     let k2v1 = step_error(&trace, (2, 1));
     let k2v2 = step_error(&trace, (2, 2));
-    #[expect(clippy::print_stderr, reason = "the figures are worth reading")]
-    {
-        eprintln!("error of a step over {} tokens: k1 {k1:.3}, k2v1 {k2v1:.3}, k2v2 {k2v2:.3}", SEEN[3]);
-    }
+    eprintln!("error of a step over {} tokens: k1 {k1:.3}, k2v1 {k2v1:.3}, k2v2 {k2v2:.3}", SEEN[3]);
     assert!(k1 < 0.3 && k2v1 < 0.12 && k2v2 < 0.08, "k1 {k1:.3}, k2v1 {k2v1:.3}, k2v2 {k2v2:.3}");
     assert!(k2v2 < k2v1 && k2v1 < k1, "k1 {k1:.3}, k2v1 {k2v1:.3}, k2v2 {k2v2:.3}");
 }
@@ -255,10 +252,7 @@ fn skipping_on_a_real_trace_errs_by_less_than_what_is_skipped() {
                 lost = lost.max(1.0 - (f64::from(*got) - want).exp());
             }
         }
-        #[expect(clippy::print_stderr, reason = "the figures are worth reading")]
-        {
-            eprintln!("lambda {lambda:e}: error {worst:.5}, weight left out {lost:.5}");
-        }
+        eprintln!("lambda {lambda:e}: error {worst:.5}, weight left out {lost:.5}");
         // Every row left out weighs less than lambda of the largest one, which weighs less than all.
         let most = f64::from(lambda) * SEEN[3] as f64;
         assert!(lost <= most + 2e-3, "lambda {lambda:e}: {lost} left out");

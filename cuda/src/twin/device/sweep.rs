@@ -43,6 +43,10 @@ fn transform(x: &[f64]) -> Vec<f64> {
 }
 
 impl HostRotation<'_> {
+    fn dim(&self) -> usize {
+        if self.order.is_empty() { self.signs.len() } else { self.order.len() }
+    }
+
     fn multiply(&self, round: usize, x: &mut [f64]) {
         let signs = &self.signs[round * x.len()..];
         x.iter_mut().zip(signs).for_each(|(x, sign)| *x *= f64::from(*sign));
@@ -100,8 +104,7 @@ pub fn token_scores<E: KvElem>(
     rotation: &HostRotation<'_>,
     spread: f32,
 ) -> TokenScoresF64 {
-    let pages = sketches.masks.len();
-    let d = keys.len().checked_div(pages).unwrap_or(1).max(1);
+    let (pages, d) = (sketches.masks.len(), rotation.dim());
     let (scale, wide) = (f64::from(scale), |x: &E| f64::from(x.to_f32()));
     let mut result =
         TokenScoresF64 { scores: Vec::new(), residuals: Vec::new(), lse: Vec::new(), steps: Vec::new() };
