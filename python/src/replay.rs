@@ -97,10 +97,10 @@ pub fn profile<'py>(
     let plan = SimPlan { policies, prefetches, slots_factors: slots, link, threads };
     let cells = py.detach(|| simulate(&collected.log, &plan)).or_py_err()?;
     let profile =
-        Profile { log: &collected.log, plan: &plan, cells: &cells, stages_ns: Some(collected.stages_ns) };
+        Profile { log: &collected.log, plan: &plan, cells: &cells, stages_ns: Some(&collected.stages_ns) };
     let stages: serde_json::Map<String, Value> = Stage::ALL
         .iter()
-        .zip(collected.stages_ns)
+        .zip(collected.mean_stages_ns())
         .map(|(stage, ns)| (stage.name().to_owned(), json!(ns)))
         .collect();
     let document = json!({
