@@ -107,10 +107,11 @@ pub fn profile<'py>(
     let cells = py.detach(|| simulate(&collected.log, &plan)).or_py_err()?;
     let profile =
         Profile { log: &collected.log, plan: &plan, cells: &cells, stages_ns: Some(&collected.stages_ns) };
-    let steps = collected.stages_ns.len().max(1) as f64;
-    let mean = |stage: usize| collected.stages_ns.iter().map(|ns| ns[stage]).sum::<f64>() / steps;
-    let stages: serde_json::Map<String, Value> =
-        Stage::ALL.iter().enumerate().map(|(i, stage)| (stage.name().to_owned(), json!(mean(i)))).collect();
+    let stages: serde_json::Map<String, Value> = Stage::ALL
+        .iter()
+        .zip(collected.mean_stages_ns())
+        .map(|(stage, ns)| (stage.name().to_owned(), json!(ns)))
+        .collect();
     let document = json!({
         "schema": PROFILE_SCHEMA,
         "rows": to_value(&rows(&profile))?,

@@ -39,6 +39,14 @@ pub struct Collected {
     pub stages_ns: Vec<[f64; 9]>,
 }
 
+impl Collected {
+    /// Measured nanoseconds of each stage, mean over the steps.
+    #[must_use]
+    pub fn mean_stages_ns(&self) -> [f64; 9] {
+        super::steps::mean_stages(&self.stages_ns)
+    }
+}
+
 /// Decodes every trace, shard by shard, and notes the retrieved units with their attention mass, and what a search with
 /// the previous layer's query would have found. `progress` is told after each shard.
 ///

@@ -153,12 +153,16 @@ fn clock(log: &AccessLog, cell: &Simulated) -> Result<Timeline, ChartError> {
     Ok(timeline)
 }
 
+/// Mean over the steps.
+pub(super) fn mean_stages(stages_ns: &[[f64; 9]]) -> [f64; 9] {
+    let num_steps = stages_ns.len().max(1) as f64;
+    std::array::from_fn(|stage| stages_ns.iter().map(|step| step[stage]).sum::<f64>() / num_steps)
+}
+
 /// Measured stages: the mean step, some steps one by one, all steps as lines.
 pub(super) fn by_stage(log: &AccessLog, stages_ns: &[[f64; 9]]) -> Section {
     let mut inks = Inks::new();
-    let mean: Vec<f64> = (0..Stage::ALL.len())
-        .map(|stage| stages_ns.iter().map(|step| step[stage]).sum::<f64>() / stages_ns.len().max(1) as f64)
-        .collect();
+    let mean = mean_stages(stages_ns);
     let parts = Stage::ALL.map(|stage| Part { label: stage.name().into(), ink: inks.category(stage.name()) });
     let mut table =
         Table::new([Column::text("stage"), Column::number("measured time"), Column::number("share")]);
