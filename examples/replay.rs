@@ -16,6 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         max_queries: 64,
         seed: 0,
         threads: 0,
+        backend: floe::Backend::Cpu,
     };
     let runs = replay(&trace, &plan, &|| {})?;
     tables(&[runs]).iter().for_each(|(caption, table)| println!("{caption}\n{table}"));

@@ -11,6 +11,37 @@ use crate::shape::{HeadShape, KvDtype, PAGE_TOKENS};
 /// Slots of one kv head at most: row numbers within the slots' memory must fit 31 bits.
 const SLOTS_MAX: usize = 1 << 26;
 
+/// Where attention runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// [`crate::Engine`], on the CPU.
+    #[default]
+    Cpu,
+    /// `floe::gpu::GpuEngine`, on a CUDA device; needs the feature `cuda` and a driver.
+    Cuda,
+}
+
+impl std::str::FromStr for Backend {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err(Error::config("backend", name, "must be cpu or cuda")),
+        }
+    }
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        })
+    }
+}
+
 /// Hot tier of every kv head. What is hot never changes a result, only time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HotConfig {
@@ -37,10 +68,10 @@ pub struct ColdConfig {
 }
 
 impl ColdConfig {
-    /// Files in `folder`, longest unused slabs first, four slabs read ahead a step.
+    /// Files in `folder`, the default eviction policy, four slabs read ahead a step.
     #[must_use]
     pub fn new(folder: impl Into<PathBuf>) -> Self {
-        Self { folder: folder.into(), eviction: EvictionKind::Lru, read_ahead: 4 }
+        Self { folder: folder.into(), eviction: EvictionKind::default(), read_ahead: 4 }
     }
 }
 

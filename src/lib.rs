@@ -36,7 +36,7 @@ pub mod replay;
 pub mod report;
 pub mod trace;
 
-pub use config::{ColdConfig, Config, HotConfig};
+pub use config::{Backend, ColdConfig, Config, HotConfig};
 pub use engine::{DecodeStep, Engine, PrefillStep, SavedSequence, SequenceMemory};
 pub use error::{Error, Result};
 pub use ids::{KvHeadId, LayerId, SeqId, TokenPos};

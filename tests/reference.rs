@@ -76,6 +76,7 @@ fn replayed(folder: &Path, policies: &[&str]) -> Vec<ReplayRow> {
         max_queries: 0,
         seed: 0,
         threads: 0,
+        backend: floe::Backend::Cpu,
     };
     let rows =
         |name: String| summarise(&replay(&Trace::open(folder.join(name)).unwrap(), &plan, &|| {}).unwrap());

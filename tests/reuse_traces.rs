@@ -26,6 +26,7 @@ fn rows(path: &Path, policies: &[&str]) -> Vec<ReuseRow> {
         max_queries: 0,
         seed: 0,
         threads: 2,
+        backend: floe::Backend::Cpu,
     };
     let rows = reuse_rows(&replay(&Trace::open(path).unwrap(), &plan, &|| {}).unwrap());
     assert_eq!(rows.len(), policies.len());

@@ -73,7 +73,11 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
 
 #define CACHE_APPEND(TYPE, SUFFIX, D)                                                                                         \
     extern "C" __global__ void __launch_bounds__(128)                                                                         \
-        cache_append_##SUFFIX##_d##D(const __grid_constant__ floe::AppendStepParams p) { floe::append_step<TYPE, D>(p); }
+        cache_append_##SUFFIX##_d##D(const __grid_constant__ floe::AppendStepParams p) { \
+        floe::let_next_start();                                                                                               \
+        floe::wait_for_earlier();                                                                                             \
+        floe::append_step<TYPE, D>(p);                                                                                        \
+    }
 #define CACHE_APPEND_ALL(D) CACHE_APPEND(__nv_bfloat16, bf16, D) CACHE_APPEND(__half, f16, D)
 
 CACHE_APPEND_ALL(64)

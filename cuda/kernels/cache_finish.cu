@@ -19,6 +19,8 @@ struct FinishParams {
 
 extern "C" __global__ void __launch_bounds__(128) cache_finish(const __grid_constant__ floe::FinishParams p) {
     using namespace floe;
+    let_next_start();
+    wait_for_earlier();
     const Cache &c = p.cache;
     const uint32_t row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, heads = c.heads * c.group;
     if (row >= p.entries * heads) return;

@@ -174,12 +174,16 @@ struct FetchListedParams {
 } // namespace floe
 
 extern "C" __global__ void __launch_bounds__(floe::RESOLVE_THREADS, 2) cache_resolve(const __grid_constant__ floe::ResolveParams p) {
+    floe::let_next_start();
+    floe::wait_for_earlier();
     floe::resolve(p);
 }
 
 // Brings the listed rows. A warp takes four rows at a time, all under way before the first is stored.
 extern "C" __global__ void __launch_bounds__(256) cache_fetch(const __grid_constant__ floe::FetchListedParams p) {
     constexpr uint32_t AT_ONCE = 4;
+    floe::let_next_start();
+    floe::wait_for_earlier();
     const uint32_t lane = threadIdx.x % 32, warps = gridDim.x * 8, num = min(*p.num, p.limit);
     const uint32_t parts = (p.pieces + 31) / 32, jobs = num * parts; // 512 bytes each
     for (uint32_t job = blockIdx.x * 8 + threadIdx.x / 32; job < jobs; job += warps * AT_ONCE) {

@@ -1,7 +1,7 @@
 //! Telling pages apart into their tokens: which pages, for which heads, and the tokens' logits and weights.
 
 use crate::blocks::{Blocks, LANES};
-use crate::found::{Frontier, Part, SILENT};
+use crate::found::{Frontier, Part, SILENT, room_for};
 use crate::pages::Pages;
 use crate::scratch::Scratch;
 use crate::search::{NODE_SPREAD, Pass, attend, ln_sum};
@@ -20,8 +20,19 @@ impl Pass<'_> {
         let Some(sketch) = self.pages.sketch.as_ref().filter(|sketch| sketch.config().k_bits() > 0) else {
             return;
         };
-        self.tell_apart(detail);
         let group = self.found.frontier.group;
+        // A part holds at most sixteen pages.
+        let most = self.found.frontier.parts.len() * LANES;
+        self.found.frontier.refined.reserve(most, group);
+        let Scratch { homes, of_page, best, tops, expected, carried, deep, .. } = &mut *self.scratch;
+        room_for(homes, most);
+        room_for(of_page, most);
+        room_for(best, most * LANES);
+        room_for(tops, most.max(group * LANES));
+        room_for(expected, most);
+        room_for(carried, most * group);
+        deep.reserve(most, group);
+        self.tell_apart(detail);
         let Frontier { refined, logits: page_logits, shift, exps, rest, .. } = &mut self.found.frontier;
         if refined.pages.is_empty() {
             return;

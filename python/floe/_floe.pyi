@@ -60,7 +60,7 @@ class Engine:
         seed: int = 0,
         hot_slots: int = 0,
         hot_unit: str = "row",
-        eviction: str = "lru",
+        eviction: str = "lrfu",
         prefetch: str = "none",
         cold_folder: StrPath | None = None,
         warm_limit_bytes: int | None = None,

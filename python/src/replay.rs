@@ -40,7 +40,7 @@ pub fn replay<'py>(
         "first-query" => DecodeFrom::FirstQuery,
         other => return Err(bad_field("decode_from", other, "must be index-until or first-query")),
     };
-    let plan = ReplayPlan { policies, budgets, segments, max_queries, decode_from, seed, threads };
+    let plan = ReplayPlan { policies, budgets, segments, max_queries, decode_from, seed, threads, backend: floe::Backend::Cpu };
     let traces: Vec<Arc<Trace>> = traces.iter().map(|trace| trace.trace.clone()).collect();
     let replays = py
         .detach(|| {

@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
-use floe::Policy;
 use floe::page::Unit;
 use floe::policy::{EvictionKind, PrefetchKind};
 use floe::profile::{
     AccessLog, PROFILE_SCHEMA, Profile, ProfilePlan, SimPlan, collect, html, rows, simulate, tables,
 };
 use floe::transfer::LinkModel;
+use floe::{Backend, Policy};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::replay::{open_traces, write_file};
@@ -23,6 +23,10 @@ pub struct ProfileArgs {
     /// Trace files: the shards of one sequence [default: the bundled trace].
     #[arg(value_name = "TRACE", conflicts_with = "from_log")]
     traces: Vec<PathBuf>,
+    /// Where attention runs: cpu simulates a link; cuda (feature `cuda`) measures times and bytes of a device, for `--select`,
+    /// `--budget`, `--slots` (multiples of the budget) and `--steps`.
+    #[arg(long, value_name = "NAME", default_value = "cpu", conflicts_with_all = ["from_log", "access_log", "json", "html"])]
+    backend: Backend,
     /// Selection policy, as in `floe replay`.
     #[arg(long, value_name = "SPEC", default_value = "floe")]
     select: Policy,
@@ -33,7 +37,7 @@ pub struct ProfileArgs {
     #[arg(long, value_name = "UNIT", default_value = "row")]
     unit: Unit,
     /// Eviction policies.
-    #[arg(long, value_name = "NAME,NAME", value_delimiter = ',', default_value = "lru,clock,lfu,mass")]
+    #[arg(long, value_name = "NAME,NAME", value_delimiter = ',', default_value = "lru,clock,lfu,mass,lrfu")]
     policies: Vec<EvictionKind>,
     /// Ways of fetching ahead.
     #[arg(
@@ -83,6 +87,9 @@ pub struct ProfileArgs {
 
 pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
     let started = Instant::now();
+    if args.backend == Backend::Cuda {
+        return on_device(&args);
+    }
     let (log, stages_ns) = match &args.from_log {
         Some(path) => (read_log(path)?, None),
         None => {
@@ -132,6 +139,33 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
         write_file(path, &html(&profile, &format!("floe {}", command(&args.traces))))?;
     }
     Ok(())
+}
+
+#[cfg(feature = "cuda")]
+fn on_device(args: &ProfileArgs) -> anyhow::Result<()> {
+    use floe::gpu::{DeviceProfilePlan, device_profile, device_profile_table};
+    let plan = DeviceProfilePlan {
+        policy: args.select.clone(),
+        budget: args.budget,
+        slots: args.slots.clone(),
+        max_steps: args.steps,
+    };
+    let rows = device_profile(&open_traces(&args.traces)?, &plan)?;
+    let device = rows.first().map_or("", |row| &row.device);
+    let mut stdout = io::stdout().lock();
+    writeln!(
+        stdout,
+        "{}, {} tokens, on {device}\n{}",
+        plan.policy,
+        plan.budget,
+        device_profile_table(&rows)?.to_text()
+    )?;
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_device(args: &ProfileArgs) -> anyhow::Result<()> {
+    anyhow::bail!("backend {} needs a build with the feature cuda", args.backend)
 }
 
 /// The command line, with a long list of traces cut short.

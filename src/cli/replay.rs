@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use floe::Policy;
 use floe::replay::{
     DecodeFrom, REPLAY_SCHEMA, ReplayPlan, TraceReplay, html, num_runs, replay, reuse_rows, summarise, tables,
 };
 use floe::trace::Trace;
+use floe::{Backend, Policy};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// The trace that is replayed when none is named: part of the binary, so that it runs from any folder.
@@ -30,6 +30,14 @@ const POLICIES: [&str; 10] = [
     "floe:sketch=off",
     "floe:sketch=k1",
     "floe",
+];
+
+/// The same with `--backend cuda`.
+const DEVICE_POLICIES: [&str; 4] = [
+    "full",
+    "pagemean:unit=page,tail=page",
+    "pagemean:sketch=k1,tail=page",
+    "pagemean:sketch=k2v1,tail=page",
 ];
 
 #[derive(Args)]
@@ -61,6 +69,9 @@ pub struct ReplayArgs {
     /// Write a self-contained page with tables and plots.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Where attention runs: cpu, or cuda (feature `cuda`; `full` and `pagemean` only).
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    backend: Backend,
     /// Threads; 0 = one per core.
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -76,16 +87,20 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let traces = open_traces(&args.traces)?;
     let policies = match &args.policies[..] {
+        [] if args.backend == Backend::Cuda => {
+            DEVICE_POLICIES.iter().map(|spec| spec.parse()).collect::<Result<_, _>>()?
+        }
         [] => POLICIES.iter().map(|spec| spec.parse()).collect::<Result<_, _>>()?,
         given => given.to_vec(),
     };
     let (budgets, segments) = (args.budgets, args.segments);
     let (max_queries, seed, threads) = (args.queries, args.seed, args.threads);
+    let backend = args.backend;
     let decode_from = match args.decode_from {
         Start::IndexUntil => DecodeFrom::IndexUntil,
         Start::FirstQuery => DecodeFrom::FirstQuery,
     };
-    let plan = ReplayPlan { policies, budgets, decode_from, segments, max_queries, seed, threads };
+    let plan = ReplayPlan { policies, budgets, decode_from, segments, max_queries, seed, threads, backend };
 
     let bar = progress_bar(traces.len() * num_runs(&plan))?;
     let mut replays: Vec<TraceReplay> = Vec::with_capacity(traces.len());
@@ -101,7 +116,7 @@ pub fn run(args: ReplayArgs) -> anyhow::Result<()> {
     }
     writeln!(
         stdout,
-        "error = |o - o_full| / |o_full| per query head; kept = attention mass on the exactly attended tokens; \
+        "attention on {backend}; error = |o - o_full| / |o_full| per query head; kept = attention mass on the exactly attended tokens; \
          read = exact KV and index bytes a step and kv head\n{} runs in {:.1} s",
         replays.len() * num_runs(&plan),
         started.elapsed().as_secs_f64()

@@ -2,19 +2,22 @@
 //!
 //! ```text
 //! stream  append ─> page_scores or token_scores ─> select ─┬> resolve ─> fetch ─> attend ─┬> finish
-//! side      └> build_pages                                 └> tail ───────────────────────┘
+//! sides     └> build_pages                                 └> tail ───────────────────────┘
 //! ```
+//! or, with [`TailPlace::Joined`], `... fetch ─> tail ─> attend, which joins the tail's state ─> finish`. Kernels of the main stream start
+//! while their predecessor ends, so none of them may depend on two streams but the last.
+//!
 //! A chain is made for a number of entries and a length class (powers of two) and can be recorded in a graph: lengths, places and
 //! lists are read from device memory.
 
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    AppendStep, DeviceTensor, FetchList, FoundUnit, PageSource, Ranges, Resolve, Tables, append_step,
-    build_pages, fetch_listed, finish, resolve,
+    AppendStep, DeviceTensor, FetchList, FinishStart, FoundUnit, PageSource, Ranges, Resolve, Tables,
+    append_step, build_pages, fetch_listed, finish, resolve,
 };
 use floe_cuda::ops::sweep::{
-    KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
+    Beside, KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
     UnitsMut, ValueCodes,
 };
 use floe_cuda::ops::{
@@ -24,7 +27,7 @@ use floe_cuda::ops::{
 use half::f16;
 
 use super::layer::{LayerMemory, PageMemory, SlotMemory};
-use super::options::{GpuOptions, Plan};
+use super::options::{GpuOptions, Plan, TailPlace};
 
 /// Shape of a chain: every number a power of two, so that few chains serve all steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,9 +61,10 @@ pub(super) struct Shared {
     /// What tokens add to them, [pages, group, 16], with a sketch.
     residuals: DeviceBuffer<f16>,
     signs: Option<DeviceBuffer<f32>>,
-    side: Stream,
-    fork: [Event; 2],
-    join: Event,
+    /// For pages, for tails.
+    sides: [Stream; 2],
+    forks: [Event; 2],
+    joins: [Event; 2],
 }
 
 impl Shared {
@@ -72,9 +76,9 @@ impl Shared {
             page_scores: DeviceBuffer::zeros(device, pages * group)?,
             residuals: DeviceBuffer::zeros(device, if plan.by_token() { pages * group * 16 } else { 0 })?,
             signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
-            side: Stream::new(device)?,
-            fork: [Event::new(device)?, Event::new(device)?],
-            join: Event::new(device)?,
+            sides: [Stream::new(device)?, Stream::new(device)?],
+            forks: [Event::new(device)?, Event::new(device)?],
+            joins: [Event::new(device)?, Event::new(device)?],
         })
     }
 
@@ -257,15 +261,17 @@ impl<E: DeviceElem> Chain<E> {
         if self.sparse.is_some() {
             self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots), params)?;
         }
-        let mut parts = Vec::with_capacity(3);
-        parts.extend(self.exact.as_ref().map(|(_, state)| state.read()));
-        if let Some(sparse) = &self.sparse {
-            parts.push(sparse.chosen.read());
-            if plan.tail {
-                parts.push(sparse.tail.read());
+        let beside = plan.tail && plan.tail_place == TailPlace::Beside;
+        let start = if beside && self.sparse.is_some() { FinishStart::AfterAll } else { FinishStart::Early };
+        match (&self.exact, &self.sparse) {
+            (Some((_, state)), _) => finish(stream, tables, &[state.read()], &io.out, start),
+            (None, Some(sparse)) if beside => {
+                finish(stream, tables, &[sparse.chosen.read(), sparse.tail.read()], &io.out, start)
             }
-        }
-        finish(stream, tables, &parts, &io.out)
+            (None, Some(sparse)) => finish(stream, tables, &[sparse.chosen.read()], &io.out, start),
+            (None, None) => Ok(()),
+        }?;
+        if self.sparse.is_some() { stream.wait(&shared.joins[0]) } else { Ok(()) }
     }
 
     fn queue_sparse(
@@ -277,10 +283,10 @@ impl<E: DeviceElem> Chain<E> {
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
-        shared.fork[0].record(stream)?;
-        shared.side.wait(&shared.fork[0])?;
+        shared.forks[0].record(stream)?;
+        shared.sides[0].wait(&shared.forks[0])?;
         let built = memory.write(shared.signs.as_ref());
-        build_pages(&shared.side, tables, PageSource::Step, kv.view(), built)?;
+        build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
         let query = (self.q.view(), params.scale);
         let rotation = shared.signs.as_ref().map(|signs| Rotation { signs: signs.view(), order: None });
@@ -323,9 +329,8 @@ impl<E: DeviceElem> Chain<E> {
             UnitsMut::Pages(shared.page_scores.view_mut())
         };
         sparse.sweep.select(stream, selection, units)?;
-        if plan.tail {
-            shared.fork[1].record(stream)?;
-            shared.side.wait(&shared.fork[1])?;
+        shared.joins[0].record(&shared.sides[0])?;
+        let tail = {
             let scores = shared.page_scores.view();
             let units = match rotation {
                 None => TailUnits::Pages(scores),
@@ -340,8 +345,14 @@ impl<E: DeviceElem> Chain<E> {
                 }
             };
             let (lse, values) = (sparse.unit_lse.view(), memory.mean_values.view());
-            let tail = TailArgs { units, lse, values, pages };
-            sparse.sweep.tail(&shared.side, &tail, sparse.tail.write())?;
+            TailArgs { units, lse, values, pages }
+        };
+        let beside = plan.tail && plan.tail_place == TailPlace::Beside;
+        if beside {
+            shared.forks[1].record(stream)?;
+            shared.sides[1].wait(&shared.forks[1])?;
+            sparse.sweep.tail(&shared.sides[1], &tail, sparse.tail.write())?;
+            shared.joins[1].record(&shared.sides[1])?;
         }
         let found = Resolve {
             spans: Spans { first: sparse.found_first.view(), end: sparse.found_end.view() },
@@ -363,17 +374,33 @@ impl<E: DeviceElem> Chain<E> {
             spans: Spans { first: sparse.list_first.view(), end: sparse.list_end.view() },
             rows: sparse.list.view(),
         };
-        sparse_decode(stream, &mut sparse.attend, &args, lists, sparse.chosen.write())?;
-        shared.join.record(&shared.side)?;
-        stream.wait(&shared.join)
+        let Sparse { attend, chosen, tail: tail_state, sweep, .. } = sparse;
+        if plan.tail && !beside {
+            let attention = Beside { plan: attend, args, lists };
+            return sweep.tail_and_decode(stream, &tail, tail_state.write(), attention, chosen.write());
+        }
+        sparse_decode(stream, attend, &args, lists, chosen.write())?;
+        if beside { stream.wait(&shared.joins[1]) } else { Ok(()) }
     }
 
-    /// Retrieved units of the last step, per item, as the device has them; waits.
-    pub(super) fn found(&self, stream: &Stream) -> Result<Vec<Vec<u32>>, DeviceError> {
-        let Some(sparse) = &self.sparse else { return Ok(Vec::new()) };
+    /// What the last step left on the device; waits.
+    pub(super) fn read(&self, stream: &Stream) -> Result<StepRead, DeviceError> {
+        if let Some((_, state)) = &self.exact {
+            return Ok(StepRead { found: Vec::new(), lse: state.lse.read(stream)? });
+        }
+        let Some(sparse) = &self.sparse else { return Ok(StepRead::default()) };
         let (first, end) = (sparse.found_first.read(stream)?, sparse.found_end.read(stream)?);
         let found = sparse.found.read(stream)?;
         let of = |(first, end): (&u32, &u32)| found[*first as usize..(*end).max(*first) as usize].to_vec();
-        Ok(first.iter().zip(&end).map(of).collect())
+        Ok(StepRead { found: first.iter().zip(&end).map(of).collect(), lse: sparse.chosen.lse.read(stream)? })
     }
+}
+
+/// Results of a step beside its output.
+#[derive(Debug, Default)]
+pub(super) struct StepRead {
+    /// Retrieved units, by item; empty where all were exact.
+    pub(super) found: Vec<Vec<u32>>,
+    /// lse of the exactly attended tokens, [items, group].
+    pub(super) lse: Vec<f32>,
 }

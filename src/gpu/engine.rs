@@ -12,10 +12,10 @@ use floe_cuda::ops::cache::{
 use super::chain::{Chain, ChainShape, Shared, StepIo};
 use super::cost::{CostModel, Load};
 use super::host::HostPool;
+use super::host_io::HostIo;
 use super::layer::LayerMemory;
-use super::options::{GpuOptions, Plan, Prefer};
+use super::options::{GpuOptions, Plan, Prefer, Submit};
 use super::places::{Places, chunks_of};
-use super::report::{GpuMemory, GpuReport};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId};
@@ -58,25 +58,26 @@ const GRAPHS_PER_LAYER: usize = 24;
 pub struct GpuEngine<E: DeviceElem> {
     // Graphs go first: they use everything below.
     graphs: HashMap<(usize, ChainShape, StepIo), Recorded>,
-    chains: HashMap<ChainShape, Chain<E>>,
-    config: Config,
+    pub(super) chains: HashMap<ChainShape, Chain<E>>,
+    pub(super) config: Config,
     options: GpuOptions,
-    plan: Plan,
-    device: Device,
-    layers: Vec<LayerMemory<E>>,
-    shared: Shared,
+    pub(super) plan: Plan,
+    pub(super) device: Device,
+    pub(super) layers: Vec<LayerMemory<E>>,
+    pub(super) shared: Shared,
     batch: DeviceBuffer<BatchEntry>,
     /// What the device holds in `batch`.
     uploaded: Vec<BatchEntry>,
     sequences: DeviceBuffer<SequencePlace>,
-    host: HostPool,
-    places: Places,
+    pub(super) host: HostPool,
+    pub(super) places: Places,
     next_seq: u64,
-    cost: CostModel,
-    last: Option<ChainShape>,
-    steps: u64,
-    exact_steps: u64,
-    replayed_steps: u64,
+    pub(super) cost: CostModel,
+    pub(super) last: Option<ChainShape>,
+    pub(super) host_io: HostIo,
+    pub(super) steps: u64,
+    pub(super) exact_steps: u64,
+    pub(super) replayed_steps: u64,
 }
 
 impl<E: DeviceElem> GpuEngine<E> {
@@ -107,6 +108,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             next_seq: 0,
             cost: CostModel::new(&plan),
             last: None,
+            host_io: HostIo::default(),
             steps: 0,
             exact_steps: 0,
             replayed_steps: 0,
@@ -147,6 +149,15 @@ impl<E: DeviceElem> GpuEngine<E> {
         self.sequences.write_at(index, &[place])?;
         self.forget_slots(&place)?;
         Ok(seq)
+    }
+
+    /// Page-locks host memory for so many more tokens in every layer now, so that no step has to: a block takes the driver
+    /// milliseconds.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] beyond `options.host_bytes`; what the driver reports.
+    pub fn reserve_host(&mut self, tokens: usize) -> Result<()> {
+        self.host.reserve(self.config.num_layers * chunks_of(tokens))
     }
 
     /// Appends keys and values `[tokens, num_kv_heads, head_dim]` of a prompt to one layer. Pieces of any size give the same
@@ -286,105 +297,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         places.iter().try_for_each(|place| self.forget_slots(place))
     }
 
-    /// Tokens stored in a layer.
-    ///
-    /// # Errors
-    /// Unknown sequence or layer.
-    pub fn num_tokens(&self, seq: SeqId, layer: LayerId) -> Result<usize> {
-        self.check_layer(layer)?;
-        Ok(self.places.get(seq)?.tokens[layer.0])
-    }
-
-    /// Keys and values of a token of a kv head as the warm tier holds them, `[2 * head_dim]`. Waits for the device.
-    ///
-    /// # Errors
-    /// Unknown sequence or layer, a token that is not stored.
-    pub fn stored_row(&self, seq: SeqId, layer: LayerId, (head, token): (usize, usize)) -> Result<Vec<E>> {
-        let stored = self.num_tokens(seq, layer)?;
-        if token >= stored || head >= self.plan.shape.heads {
-            return Err(Error::config("token", token, format!("the layer holds {stored} tokens")));
-        }
-        self.device.synchronize()?;
-        let chunk = self.places.get(seq)?.chunks[layer.0][token / CHUNK_ROWS];
-        let bytes = self.plan.shape.row_len() * size_of::<E>();
-        let start = (head * CHUNK_ROWS + token % CHUNK_ROWS) * bytes;
-        let bytes = self.host.bytes(chunk, start..start + bytes);
-        Ok(bytes.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned).collect())
-    }
-
-    /// What has happened so far. Waits for `stream`.
-    ///
-    /// # Errors
-    /// What the driver reports, list entries outside of their buffers included.
-    pub fn report(&self, stream: &Stream) -> Result<GpuReport> {
-        let (mut hits, mut fetched) = (0, 0);
-        for memory in &self.layers {
-            let counters = memory.slots.counters.read(stream)?;
-            hits += counters[0];
-            fetched += counters[1];
-        }
-        self.device.check_entries()?;
-        Ok(GpuReport {
-            device: self.device.properties().name.clone(),
-            steps: self.steps,
-            exact_steps: self.exact_steps,
-            replayed_steps: self.replayed_steps,
-            rows_hit: hits,
-            rows_fetched: fetched,
-            bytes_fetched: fetched * (self.plan.shape.row_len() * size_of::<E>()) as u64,
-            rule: self.cost.to_string(),
-        })
-    }
-
-    /// Sets hits and fetches of the report to zero; queued on `stream`.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn clear_counters(&mut self, stream: &Stream) -> Result<()> {
-        for memory in &mut self.layers {
-            memory.slots.counters.fill_bytes(0, stream)?;
-        }
-        Ok(())
-    }
-
-    /// Bytes held.
-    #[must_use]
-    pub fn memory(&self) -> GpuMemory {
-        let layers = self.layers.iter().map(LayerMemory::size_bytes);
-        let (rows_bytes, beside_bytes) = layers.fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
-        GpuMemory {
-            rows_bytes,
-            rows_free: self.places.rows_free(),
-            summary_bytes: beside_bytes + self.shared.size_bytes(),
-            host_bytes: self.host.size_bytes(),
-        }
-    }
-
-    /// Positions that the last step retrieved, by entry and kv head, ascending; none where it was exact. Waits; for tests and
-    /// profiles.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn retrieved(&self, sequences: &[SeqId], stream: &Stream) -> Result<Vec<Vec<u32>>> {
-        let Some(chain) = self.last.and_then(|shape| self.chains.get(&shape)) else { return Ok(Vec::new()) };
-        let found = chain.found(stream)?;
-        let heads = self.plan.shape.heads;
-        let mut all = Vec::new();
-        for (item, units) in found.iter().enumerate().take(sequences.len() * heads) {
-            let place = self.places.get(sequences[item / heads])?.place;
-            let first = (place.pages + (item % heads) as u32 * place.pages_each) * 16;
-            let mut tokens: Vec<u32> = if self.plan.by_token() {
-                units.iter().map(|unit| unit - first).collect()
-            } else {
-                units.iter().flat_map(|page| (0..16).map(move |i| page * 16 + i - first)).collect()
-            };
-            tokens.sort_unstable();
-            all.push(tokens);
-        }
-        Ok(all)
-    }
-
-    fn check_layer(&self, layer: LayerId) -> Result<()> {
+    pub(super) fn check_layer(&self, layer: LayerId) -> Result<()> {
         if layer.0 < self.config.num_layers {
             return Ok(());
         }
@@ -507,7 +420,13 @@ impl<E: DeviceElem> GpuEngine<E> {
         let memory = &mut self.layers[layer];
         let (plan, shared) = (&self.plan, &mut self.shared);
         let tables = (self.batch.view(), self.sequences.view());
+        let launched = match self.options.submit {
+            Submit::Auto => shape.exact,
+            Submit::Recorded => false,
+            Submit::Launches => true,
+        };
         match self.graphs.get(&key) {
+            _ if launched => Ok(chain.queue(stream, (plan, shared), tables, memory, io)?),
             None => {
                 chain.queue(stream, (plan, shared), tables, memory, io)?;
                 let room = GRAPHS_PER_LAYER * self.config.num_layers;

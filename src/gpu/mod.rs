@@ -26,15 +26,19 @@
 //! ```
 //! Its stream is [`Stream::borrow`]`(&device, torch.cuda.current_stream().cuda_stream)`, its context the device's primary one, which
 //! [`Device::open`] shares. All work is queued on that stream; nothing waits for it, and tensors must live until it is done.
+//! Tensors in host memory are taken by [`GpuEngine::prefill_host`] and [`GpuEngine::attend_host`], which copy and wait.
 //! Tensors at the same addresses in later steps (as PyTorch's allocator usually gives) let the step be replayed.
 
 mod chain;
 mod cost;
 mod engine;
 mod host;
+mod host_io;
+mod inspect;
 mod layer;
 mod options;
 mod places;
+mod profile;
 mod report;
 mod runs;
 
@@ -43,5 +47,7 @@ pub use engine::{GpuEngine, LayerStep};
 pub use floe_cuda::device::{Device, DeviceError, Event, Stream};
 pub use floe_cuda::ops::DeviceElem;
 pub use floe_cuda::ops::cache::{DeviceTensor, TensorType};
-pub use options::{GpuOptions, Prefer};
-pub use report::{GpuMemory, GpuReport};
+pub use host_io::HostLayerStep;
+pub use options::{GpuOptions, Prefer, Submit, TailPlace};
+pub use profile::{DeviceProfilePlan, DeviceProfileRow, device_profile, device_profile_table};
+pub use report::{GpuMemory, GpuReport, LastStep};

@@ -30,6 +30,17 @@ impl GpuReport {
     }
 }
 
+/// What a step did for one kv head of one sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LastStep {
+    /// Whether all tokens were attended.
+    pub exact: bool,
+    /// Positions that retrieval picked, ascending.
+    pub retrieved: Vec<u32>,
+    /// lse of the exactly attended tokens alone, `[group]`.
+    pub exact_lse: Vec<f32>,
+}
+
 /// Bytes of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GpuMemory {

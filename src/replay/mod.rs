@@ -5,6 +5,8 @@
 //! output error `|o - o_full| / |o_full|` and attention mass kept; per step: recall of the exact top tokens, tokens and
 //! bytes read.
 
+#[cfg(feature = "cuda")]
+mod device;
 mod render;
 mod reuse;
 mod reuse_render;
@@ -19,7 +21,7 @@ pub use reuse::{Errors, ReuseRow, Stretch, average_reuse, reuse_rows};
 pub use run::Run;
 pub use summary::{REPLAY_SCHEMA, ReplayRow, average, summarise};
 
-use crate::config::Config;
+use crate::config::{Backend, Config};
 use crate::select::Policy;
 use crate::shape::{HeadShape, KvDtype};
 use crate::trace::Trace;
@@ -40,8 +42,10 @@ pub struct ReplayPlan {
     pub max_queries: usize,
     /// Seed of the policies' random parts.
     pub seed: u64,
-    /// Threads that share the (policy, budget) runs; 0 = one per core.
+    /// Threads that share the (policy, budget) runs; 0 = one per core. On a device runs follow one another.
     pub threads: usize,
+    /// Where attention runs.
+    pub backend: Backend,
 }
 
 /// First position that is decoded rather than prefilled.
@@ -150,8 +154,17 @@ pub fn replay(
     jobs.iter().try_for_each(Config::validate)?;
     let largest = plan.budgets.iter().copied().max().unwrap_or(0);
     let truth = Truth::compute(trace, &steps, &jobs[0], largest)?;
-    let runs = in_parallel(threads(plan.threads), &jobs, |config| {
-        let run = run::run(trace, (prefilled, &steps), &truth, config);
+    let on_device = plan.backend == Backend::Cuda;
+    let runs = in_parallel(if on_device { 1 } else { threads(plan.threads) }, &jobs, |config| {
+        let run = match plan.backend {
+            Backend::Cpu => run::run(trace, (prefilled, &steps), &truth, config),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda => device::run(trace, &steps, &truth, config),
+            #[cfg(not(feature = "cuda"))]
+            Backend::Cuda => {
+                Err(crate::Error::config("backend", "cuda", "needs a build with the feature cuda").into())
+            }
+        };
         progress();
         run
     })?;

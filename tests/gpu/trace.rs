@@ -1,6 +1,6 @@
 //! The bundled trace: the same selections and outputs as the CPU engine's, up to ties and rounding.
 
-use floe::gpu::{GpuEngine, GpuOptions, LayerStep, Prefer};
+use floe::gpu::{GpuEngine, GpuOptions, LayerStep, Prefer, TailPlace};
 use floe::trace::Trace;
 use floe::{Config, DecodeStep, Engine, HeadShape, HotConfig, KvDtype, LayerId, StepReport, TensorView};
 use half::bf16;
@@ -26,6 +26,7 @@ struct Setup {
     /// Rows per token of the trace on the device.
     hot: f64,
     prefer: Prefer,
+    tail: TailPlace,
     /// Empty the slots before every step.
     cold: bool,
     steps: usize,
@@ -38,6 +39,7 @@ const SETUP: Setup = Setup {
     slots: 512,
     hot: 0.0,
     prefer: Prefer::Speed,
+    tail: TailPlace::Beside,
     cold: false,
     steps: 120,
     piece: 1000,
@@ -55,8 +57,11 @@ fn on_device(trace: &Trace, setup: &Setup) -> Run {
     let meta = trace.meta();
     let (d, group) = (meta.head_dim, meta.group());
     let config = config(trace, setup);
-    let options =
-        GpuOptions { prefer: setup.prefer, ..GpuOptions::for_load(&config, 1, meta.num_tokens, setup.hot) };
+    let options = GpuOptions {
+        prefer: setup.prefer,
+        tail: setup.tail,
+        ..GpuOptions::for_load(&config, 1, meta.num_tokens, setup.hot)
+    };
     let mut engine = GpuEngine::<bf16>::open(&world.device, config, options).unwrap();
     let seq = engine.admit(None).unwrap();
     let first = meta.index_until;
@@ -97,7 +102,8 @@ fn on_device(trace: &Trace, setup: &Setup) -> Run {
         let rows = (&trace.k()[..(position + 1) * d], &trace.v()[..(position + 1) * d]);
         run.error += mean_error(&got, &full(query, rows, d, scale), d) / setup.steps as f64;
         run.outs.push(got);
-        run.retrieved.push(engine.retrieved(&[seq], &world.stream).unwrap().pop().unwrap_or_default());
+        let last = engine.last_step(&[seq], &world.stream).unwrap().pop().unwrap();
+        run.retrieved.push(last.retrieved);
     }
     let report = engine.report(&world.stream).unwrap();
     (run.hit_rate, run.replayed, run.exact) = (report.hit_rate(), report.replayed_steps, report.exact_steps);
@@ -183,6 +189,12 @@ fn what_is_hot_changes_no_bit() {
     let warm = on_device(&trace, &SETUP);
     let cold = on_device(&trace, &Setup { cold: true, ..SETUP });
     let small = on_device(&trace, &Setup { slots: 256, piece: 77, ..SETUP });
+    let joined = on_device(&trace, &Setup { tail: TailPlace::Joined, ..SETUP });
+    assert_eq!(warm.retrieved, joined.retrieved);
+    for (step, (a, b)) in warm.outs.iter().zip(&joined.outs).enumerate() {
+        // The same two states, merged by another kernel.
+        assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + b.abs())), "step {step} differs");
+    }
     assert!(cold.hit_rate < 1e-9 && small.hit_rate < warm.hit_rate, "{} {}", cold.hit_rate, small.hit_rate);
     for other in [&cold, &small] {
         assert_eq!(warm.retrieved, other.retrieved);

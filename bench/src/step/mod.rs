@@ -11,7 +11,7 @@ mod world;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use floe::gpu::Device;
+use floe::gpu::{Device, Submit, TailPlace};
 use serde::Serialize;
 use world::{Case, Kv, Timed};
 
@@ -55,6 +55,12 @@ pub struct Args {
     /// Rows of a layer that lie on the device in any case, all heads together: what a short context needs to be attended exactly.
     #[arg(long, default_value_t = 262_144)]
     rows: usize,
+    /// Make the tail behind the fetch, joined by the attention, instead of on a stream of its own.
+    #[arg(long)]
+    joined_tail: bool,
+    /// How steps are submitted: auto, recorded, launches.
+    #[arg(long, default_value = "auto", value_parser = submit)]
+    submit: Submit,
     /// Times of PyTorch's attention, as `bench/compare/sdpa.py --csv` writes them in the same run.
     #[arg(long)]
     sdpa: Option<PathBuf>,
@@ -64,6 +70,15 @@ pub struct Args {
     /// Also write a plot.
     #[arg(long)]
     svg: Option<PathBuf>,
+}
+
+fn submit(name: &str) -> Result<Submit, String> {
+    match name {
+        "auto" => Ok(Submit::Auto),
+        "recorded" => Ok(Submit::Recorded),
+        "launches" => Ok(Submit::Launches),
+        _ => Err("must be auto, recorded or launches".to_owned()),
+    }
 }
 
 /// One line of the table.
@@ -135,6 +150,8 @@ fn measure(
         held,
         tokens: args.tokens,
         rows: args.rows,
+        tail: if args.joined_tail { TailPlace::Joined } else { TailPlace::Beside },
+        submit: args.submit,
     };
     let torch = sdpa.iter().find(|s| s.batch == batch && s.context == context);
     let torch_ms = torch.map(|s| s.us * args.layers as f64 / 1e3);

@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use floe::gpu::{
     Device, DeviceTensor, Event, GpuEngine, GpuMemory, GpuOptions, GpuReport, LayerStep, Prefer, Stream,
-    TensorType,
+    Submit, TailPlace, TensorType,
 };
 use floe::{Config, HeadShape, HotConfig, KvDtype, LayerId, SeqId};
 use floe_cuda::device::DeviceBuffer;
@@ -35,6 +35,8 @@ pub struct Case {
     pub tokens: usize,
     /// Rows of a layer on the device at least.
     pub rows: usize,
+    pub tail: TailPlace,
+    pub submit: Submit,
 }
 
 /// What came out.
@@ -140,7 +142,11 @@ fn engine(device: &Device, case: &Case) -> anyhow::Result<GpuEngine<bf16>> {
     };
     let options = GpuOptions::for_load(&config, case.batch, case.context, case.hot);
     let rows = options.rows.max(case.rows);
-    Ok(GpuEngine::open(device, config, GpuOptions { rows, prefer: Prefer::Speed, ..options })?)
+    Ok(GpuEngine::open(
+        device,
+        config,
+        GpuOptions { rows, prefer: Prefer::Speed, tail: case.tail, submit: case.submit, ..options },
+    )?)
 }
 
 /// Fills an engine, checks it, and times its tokens.
@@ -151,6 +157,7 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
     ensure!(calls < case.context, "{calls} calls of a layer do not fit a context of {}", case.context);
     let prompt = case.context - calls;
     let sequences: Vec<SeqId> = (0..case.batch).map(|_| engine.admit(None)).collect::<Result<_, _>>()?;
+    engine.reserve_host(case.batch * (case.context + 256))?;
     let mut piece = 0;
     for layer in 0..case.held {
         for &seq in &sequences {

@@ -90,6 +90,11 @@ pub(crate) struct Together {
     pub cluster: u32,
 }
 
+impl Together {
+    /// One layer, no clusters.
+    pub(crate) const ALONE: Self = Self { layers: 1, cluster: 1 };
+}
+
 impl Device {
     /// Whether kernels run as their code for Hopper.
     pub(crate) fn is_hopper(&self) -> bool {

@@ -5,8 +5,10 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(dead_code, reason = "each module uses a part of the helpers")]
 
+mod cache;
 mod decode;
 mod fetch;
+mod real;
 mod rig;
 mod scan;
 mod states;

@@ -1,7 +1,7 @@
 //! Launcher of `cache_append`: the first kernel of a step.
 
 use super::{CacheParams, DeviceTensor, Tables};
-use crate::device::{DevMut, DeviceError, Launch, Stream};
+use crate::device::{DevMut, DeviceError, Launch, Stream, Together};
 use crate::ops::{DeviceElem, word};
 
 /// Mirrors `floe::AppendStepParams`.
@@ -100,6 +100,14 @@ pub fn append_step<E: DeviceElem>(
     let name = format!("cache_append_{}_d{}", E::NAME, shape.head_dim);
     let kernel = stream.device().kernel("cache_append", &name, 0)?;
     let blocks = (params.cache.heads, word("entries", entries)?);
-    // SAFETY: the layouts match, every buffer has the checked shape, and whoever made the tensors vouches for theirs.
-    unsafe { kernel.launch(stream, Launch { blocks, threads: 128, shared_bytes: 0 }, &params) }
+    // SAFETY: the layouts match, every buffer has the checked shape, and whoever made the tensors vouches for theirs;
+    // the kernel begins by waiting for earlier ones.
+    unsafe {
+        kernel.launch_early(
+            stream,
+            Launch { blocks, threads: 128, shared_bytes: 0 },
+            Together::ALONE,
+            &params,
+        )
+    }
 }

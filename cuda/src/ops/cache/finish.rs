@@ -1,7 +1,7 @@
 //! Launcher of `cache_finish`: the last kernel of a step.
 
 use super::{CacheParams, DeviceTensor, Tables};
-use crate::device::{DevRef, DeviceError, Launch, Stream};
+use crate::device::{DevRef, DeviceError, Launch, Stream, Together};
 use crate::ops::word;
 
 /// States that are joined at most.
@@ -21,8 +21,18 @@ struct FinishParams {
     dim: u32,
 }
 
+/// When `finish` may take its places on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishStart {
+    /// While the stream's last kernel, which made the last part, still runs.
+    Early,
+    /// After everything that the stream waits for: parts come from several streams.
+    AfterAll,
+}
+
 /// Merges the states of disjoint sets of tokens, pairs of `out` [items, group, head_dim] and `lse` [items, group], and writes
-/// `out` [entries, heads * group, head_dim]. Entries of nobody are left as they are.
+/// `out` [entries, heads * group, head_dim]. Entries of nobody are left as they are. `start`: whether the parts come from the stream's
+/// last kernel alone.
 ///
 /// # Errors
 /// No part or too many, shapes that do not fit; what the driver reports.
@@ -31,6 +41,7 @@ pub fn finish(
     tables: &Tables<'_>,
     parts: &[(DevRef<'_, f32>, DevRef<'_, f32>)],
     out: &DeviceTensor,
+    start: FinishStart,
 ) -> Result<(), DeviceError> {
     let (shape, entries) = (tables.shape, tables.batch.len());
     if parts.is_empty() || parts.len() > FINISH_PARTS_MAX {
@@ -56,6 +67,12 @@ pub fn finish(
     }
     let kernel = stream.device().kernel("cache_finish", "cache_finish", 0)?;
     let launch = Launch { blocks: (word("rows", rows)?.div_ceil(4), 1), threads: 128, shared_bytes: 0 };
-    // SAFETY: the layouts match, every buffer has the checked shape, and whoever made the tensor vouches for it.
-    unsafe { kernel.launch(stream, launch, &params) }
+    // SAFETY: the layouts match, every buffer has the checked shape, whoever made the tensor vouches for it, and the kernel begins
+    // by waiting for earlier ones.
+    unsafe {
+        match start {
+            FinishStart::Early => kernel.launch_early(stream, launch, Together::ALONE, &params),
+            FinishStart::AfterAll => kernel.launch(stream, launch, &params),
+        }
+    }
 }

@@ -18,7 +18,7 @@ mod tensor;
 use bytemuck::{Pod, Zeroable};
 
 pub use append::{AppendStep, Ranges, append_step};
-pub use finish::{FINISH_PARTS_MAX, finish};
+pub use finish::{FINISH_PARTS_MAX, FinishStart, finish};
 pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
 pub use resolve::{FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve};

@@ -1,7 +1,7 @@
 //! Launchers of `cache_resolve` and `cache_fetch`: rows for the tokens of a step, and the rows that are missing.
 
 use super::{CacheParams, Tables};
-use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream};
+use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream, Together};
 use crate::ops::{DeviceElem, Spans, check_aligned, word};
 
 /// Tokens that a step may retrieve for an item at most, as in `cache_resolve.cu`.
@@ -154,8 +154,8 @@ pub fn resolve<E: DeviceElem>(
     };
     let kernel = stream.device().kernel("cache_resolve", "cache_resolve", 0)?;
     let launch = Launch { blocks: (word("items", items)?, 1), threads: 512, shared_bytes: 0 };
-    // SAFETY: the layouts match and every buffer has the checked shape.
-    unsafe { kernel.launch(stream, launch, &params) }
+    // SAFETY: the layouts match, every buffer has the checked shape, and the kernel begins by waiting for earlier ones.
+    unsafe { kernel.launch_early(stream, launch, Together::ALONE, &params) }
 }
 
 /// Brings the listed rows into `kv` [rows, 2, head_dim].
@@ -183,6 +183,7 @@ pub fn fetch_listed<E: DeviceElem>(
     };
     let kernel = stream.device().kernel("cache_resolve", "cache_fetch", 0)?;
     let launch = Launch { blocks: (FETCH_BLOCKS, 1), threads: 256, shared_bytes: 0 };
-    // SAFETY: the layouts match; the list's entries are addresses of rows in mapped chunks and rows of kv.
-    unsafe { kernel.launch(stream, launch, &params) }
+    // SAFETY: the layouts match; the list's entries are addresses of rows in mapped chunks and rows of kv; the kernel begins by
+    // waiting for earlier ones.
+    unsafe { kernel.launch_early(stream, launch, Together::ALONE, &params) }
 }

@@ -1,0 +1,123 @@
+//! What the engine on the device holds and did: for reports, replays and tests. Nothing here is part of a step.
+
+use floe_cuda::device::Stream;
+use floe_cuda::ops::DeviceElem;
+use floe_cuda::ops::cache::CHUNK_ROWS;
+
+use super::engine::GpuEngine;
+use super::layer::LayerMemory;
+use super::report::{GpuMemory, GpuReport, LastStep};
+use crate::error::{Error, Result};
+use crate::ids::{LayerId, SeqId};
+
+impl<E: DeviceElem> GpuEngine<E> {
+    /// Tokens stored in a layer.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer.
+    pub fn num_tokens(&self, seq: SeqId, layer: LayerId) -> Result<usize> {
+        self.check_layer(layer)?;
+        Ok(self.places.get(seq)?.tokens[layer.0])
+    }
+
+    /// Keys and values of a token of a kv head as the warm tier holds them, `[2 * head_dim]`. Waits for the device.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, a token that is not stored.
+    pub fn stored_row(&self, seq: SeqId, layer: LayerId, (head, token): (usize, usize)) -> Result<Vec<E>> {
+        let stored = self.num_tokens(seq, layer)?;
+        if token >= stored || head >= self.plan.shape.heads {
+            return Err(Error::config("token", token, format!("the layer holds {stored} tokens")));
+        }
+        self.device.synchronize()?;
+        let chunk = self.places.get(seq)?.chunks[layer.0][token / CHUNK_ROWS];
+        let bytes = self.plan.shape.row_len() * size_of::<E>();
+        let start = (head * CHUNK_ROWS + token % CHUNK_ROWS) * bytes;
+        let bytes = self.host.bytes(chunk, start..start + bytes);
+        Ok(bytes.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned).collect())
+    }
+
+    /// What has happened so far. Waits for `stream`.
+    ///
+    /// # Errors
+    /// What the driver reports, list entries outside of their buffers included.
+    pub fn report(&self, stream: &Stream) -> Result<GpuReport> {
+        let (mut hits, mut fetched) = (0, 0);
+        for memory in &self.layers {
+            let counters = memory.slots.counters.read(stream)?;
+            hits += counters[0];
+            fetched += counters[1];
+        }
+        self.device.check_entries()?;
+        Ok(GpuReport {
+            device: self.device.properties().name.clone(),
+            steps: self.steps,
+            exact_steps: self.exact_steps,
+            replayed_steps: self.replayed_steps,
+            rows_hit: hits,
+            rows_fetched: fetched,
+            bytes_fetched: fetched * (self.plan.shape.row_len() * size_of::<E>()) as u64,
+            rule: self.cost.to_string(),
+        })
+    }
+
+    /// Sets hits and fetches of the report to zero; queued on `stream`.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn clear_counters(&mut self, stream: &Stream) -> Result<()> {
+        for memory in &mut self.layers {
+            memory.slots.counters.fill_bytes(0, stream)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes held.
+    #[must_use]
+    pub fn memory(&self) -> GpuMemory {
+        let layers = self.layers.iter().map(LayerMemory::size_bytes);
+        let (rows_bytes, beside_bytes) = layers.fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        GpuMemory {
+            rows_bytes,
+            rows_free: self.places.rows_free(),
+            summary_bytes: beside_bytes + self.shared.size_bytes(),
+            host_bytes: self.host.size_bytes(),
+        }
+    }
+
+    /// What the last step did, by entry and kv head. Waits; for tests, replays and profiles.
+    ///
+    /// # Errors
+    /// Unknown sequence; what the driver reports.
+    pub fn last_step(&self, sequences: &[SeqId], stream: &Stream) -> Result<Vec<LastStep>> {
+        let Some(chain) = self.last.and_then(|shape| self.chains.get(&shape)) else { return Ok(Vec::new()) };
+        let shape = self.plan.shape;
+        let exact = self.last.is_some_and(|last| last.exact);
+        let read = chain.read(stream)?;
+        let mut all = Vec::with_capacity(sequences.len() * shape.heads);
+        for item in 0..sequences.len() * shape.heads {
+            let open = self.places.get(sequences[item / shape.heads])?;
+            let place = open.place;
+            let first = (place.pages + (item % shape.heads) as u32 * place.pages_each) * 16;
+            let mut retrieved: Vec<u32> = match read.found.get(item) {
+                Some(units) if self.plan.by_token() => units.iter().map(|unit| unit - first).collect(),
+                Some(units) => {
+                    units.iter().flat_map(|page| (0..16).map(move |i| page * 16 + i - first)).collect()
+                }
+                None => Vec::new(),
+            };
+            retrieved.sort_unstable();
+            let exact_lse = read.lse[item * shape.group..(item + 1) * shape.group].to_vec();
+            all.push(LastStep { exact, retrieved, exact_lse });
+        }
+        Ok(all)
+    }
+
+    /// Bytes of a page's summaries, codes and scales on the device: what a step reads of each published page.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        let (dim, [key, value]) = (self.plan.shape.head_dim, self.plan.bits);
+        let codes = |bits: usize| if bits > 0 { 2 * bits * dim + 32 } else { 0 };
+        2 * dim * size_of::<E>() + 4 + codes(key) + codes(value)
+    }
+}
