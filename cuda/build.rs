@@ -1,10 +1,14 @@
 //! Compiles `kernels/*.cu` under the feature `cuda`, one fat binary per file (sm_80, sm_90a, and PTX for newer cards), to be
-//! embedded. Fails when nvcc is missing and when a kernel spills more registers than `kernels/spills.txt` grants.
+//! embedded. Fails when nvcc is missing and when a kernel spills more registers than `kernels/spills.txt` grants. A file is
+//! compiled again only when it, a header or the compiler has changed. `FLOE_CUDA_TARGETS=sm_90a` compiles for that target alone, for
+//! quick builds: the result runs on no other device.
 
 #![allow(clippy::print_stdout, reason = "a build script speaks to cargo on its standard output")]
 
 use std::collections::BTreeMap;
+use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, thread};
@@ -27,7 +31,7 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    for variable in ["FLOE_NVCC", "CUDA_HOME", "PATH"] {
+    for variable in ["FLOE_NVCC", "CUDA_HOME", "PATH", "FLOE_CUDA_TARGETS"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     println!("cargo:rerun-if-changed=kernels");
@@ -40,17 +44,19 @@ fn main() {
 fn build() -> Result<(), String> {
     let nvcc = find_nvcc()?;
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run by cargo only")?);
-    let mut sources: Vec<PathBuf> = fs::read_dir("kernels")
-        .map_err(|e| format!("kernels: {e}"))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
-        .collect();
-    sources.sort();
+    let sources = files("cu")?;
+    let mut common = DefaultHasher::new();
+    let targets = targets()?;
+    (&nvcc, &targets, FLAGS).hash(&mut common);
+    for header in files("cuh")? {
+        read(&header)?.hash(&mut common);
+    }
     let jobs: Vec<_> = sources
         .iter()
         .map(|source| {
-            let (nvcc, source, out) = (nvcc.clone(), source.clone(), out.clone());
-            thread::spawn(move || compile(&nvcc, &source, &out))
+            let (nvcc, source, out, hash) = (nvcc.clone(), source.clone(), out.clone(), common.clone());
+            let targets = targets.clone();
+            thread::spawn(move || compile((&nvcc, &targets), &source, &out, hash))
         })
         .collect();
     let mut report = Report::new();
@@ -68,6 +74,36 @@ fn build() -> Result<(), String> {
     table.push_str("];\n");
     fs::write(out.join("modules.rs"), table).map_err(|e| format!("modules.rs: {e}"))?;
     judge(&report, &out)
+}
+
+/// All targets, or those named in the environment.
+fn targets() -> Result<Vec<&'static str>, String> {
+    let Some(named) = env::var_os("FLOE_CUDA_TARGETS") else { return Ok(TARGETS.to_vec()) };
+    let named = named.to_string_lossy().into_owned();
+    let known = |name: &str| TARGETS.into_iter().find(|target| target.ends_with(&format!("code={name}")));
+    named
+        .split(',')
+        .map(|name| {
+            known(name).ok_or_else(|| {
+                format!("FLOE_CUDA_TARGETS names {name}, expected sm_80, sm_90a or compute_80")
+            })
+        })
+        .collect()
+}
+
+/// Files of `kernels` with this extension, sorted.
+fn files(extension: &str) -> Result<Vec<PathBuf>, String> {
+    let mut files: Vec<PathBuf> = fs::read_dir("kernels")
+        .map_err(|e| format!("kernels: {e}"))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == extension))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// nvcc: as named, else of the CUDA installation, else on the path, else as `scripts/cuda-toolchain.sh` puts it.
@@ -93,12 +129,31 @@ fn stem(source: &Path) -> String {
     source.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Compiles one file and returns its kernels' resources.
-fn compile(nvcc: &Path, source: &Path, out: &Path) -> Result<Report, String> {
+/// Flags beside the targets. Images are compressed: they are most of the binary.
+const FLAGS: [&str; 7] =
+    ["-std=c++17", "-O3", "-lineinfo", "--fatbin", "--compress-mode=size", "-Xptxas", "-v"];
+
+/// Compiles one file, unless it was compiled from the same text before, and returns its kernels' resources. `hash` is that of
+/// everything but the file.
+fn compile(
+    (nvcc, targets): (&Path, &[&str]),
+    source: &Path,
+    out: &Path,
+    mut hash: DefaultHasher,
+) -> Result<Report, String> {
+    read(source)?.hash(&mut hash);
+    let stamp = format!("{:016x}\n", hash.finish());
+    let (image, log) =
+        (out.join(format!("{}.fatbin", stem(source))), out.join(format!("{}.log", stem(source))));
+    if image.is_file()
+        && let Ok(known) = fs::read_to_string(&log)
+        && let Some(text) = known.strip_prefix(&stamp)
+    {
+        return Ok(parse(text));
+    }
     let mut command = Command::new(nvcc);
-    command.args(["-std=c++17", "-O3", "-lineinfo", "--fatbin", "-Xptxas", "-v", "-o"]);
-    command.arg(out.join(format!("{}.fatbin", stem(source))));
-    for target in TARGETS {
+    command.args(FLAGS).arg("-o").arg(&image);
+    for target in targets {
         command.args(["-gencode", target]);
     }
     let output = command.arg(source).output().map_err(|e| format!("{} does not run: {e}", nvcc.display()))?;
@@ -106,6 +161,7 @@ fn compile(nvcc: &Path, source: &Path, out: &Path) -> Result<Report, String> {
     if !output.status.success() {
         return Err(format!("{}: {}", source.display(), text.replace('\n', " | ")));
     }
+    fs::write(&log, format!("{stamp}{text}")).map_err(|e| format!("{}: {e}", log.display()))?;
     Ok(parse(&text))
 }
 
@@ -138,7 +194,7 @@ fn parse(text: &str) -> Report {
 
 /// Writes the report and refuses spills over the budget.
 fn judge(report: &Report, out: &Path) -> Result<(), String> {
-    let budget = fs::read_to_string("kernels/spills.txt").map_err(|e| format!("kernels/spills.txt: {e}"))?;
+    let budget = read(Path::new("kernels/spills.txt"))?;
     let granted = |kernel: &str, target: &str| {
         budget
             .lines()

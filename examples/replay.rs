@@ -8,16 +8,7 @@ use floe::trace::Trace;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let trace = Trace::open(std::env::args().nth(1).ok_or("usage: replay TRACE")?)?;
     let policies = vec!["window".parse()?, "quest".parse()?, "floe".parse()?];
-    let plan = ReplayPlan {
-        policies,
-        decode_from: floe::replay::DecodeFrom::default(),
-        budgets: vec![128, 256],
-        segments: vec![],
-        max_queries: 64,
-        seed: 0,
-        threads: 0,
-        backend: floe::Backend::Cpu,
-    };
+    let plan = ReplayPlan::new(policies, vec![128, 256]);
     let runs = replay(&trace, &plan, &|| {})?;
     tables(&[runs]).iter().for_each(|(caption, table)| println!("{caption}\n{table}"));
     Ok(())

@@ -68,10 +68,10 @@ pub struct ColdConfig {
 }
 
 impl ColdConfig {
-    /// Files in `folder`, longest unused slabs first, four slabs read ahead a step.
+    /// Files in `folder`, the default eviction policy, four slabs read ahead a step.
     #[must_use]
     pub fn new(folder: impl Into<PathBuf>) -> Self {
-        Self { folder: folder.into(), eviction: EvictionKind::Lru, read_ahead: 4 }
+        Self { folder: folder.into(), eviction: EvictionKind::default(), read_ahead: 4 }
     }
 }
 

@@ -383,7 +383,10 @@ impl Engine {
             kv_bytes: shards().map(|s| row_bytes(&s.pages)).sum(),
             kv_allocated_bytes: shards().map(|s| s.pages.size_bytes()).sum(),
             index_bytes: shards()
-                .map(|s| s.selector.size_bytes() / std::sync::Arc::strong_count(&s.selector))
+                .map(|s| {
+                    let selector = s.selector.size_bytes() / std::sync::Arc::strong_count(&s.selector);
+                    selector + s.reuse.summary().size_bytes
+                })
                 .sum(),
             hot_bytes: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::size_bytes).sum(),
             hot_pins_out: shards().filter_map(|s| s.hot.as_ref()).map(HotShard::pins_out).sum(),
@@ -398,7 +401,7 @@ pub struct SequenceMemory {
     pub kv_bytes: usize,
     /// Slabs allocated for them.
     pub kv_allocated_bytes: usize,
-    /// What the policy keeps beside them: summaries, codes, tree. What forks share counts in equal parts for each.
+    /// What the policy keeps beside them: summaries, codes, tree, earlier states. What forks share of the index counts in equal parts for each.
     pub index_bytes: usize,
     /// Slots of the hot tier.
     pub hot_bytes: usize,

@@ -22,6 +22,7 @@ pub mod page;
 pub mod plan;
 pub mod policy;
 pub mod reuse;
+pub mod reusing;
 pub mod select;
 pub mod sim;
 pub mod transfer;

@@ -86,6 +86,7 @@ fn a_step_allocates_nothing_after_warm_up() {
     for (slots, eviction, prefetch) in [
         (0, EvictionKind::Lru, PrefetchKind::None),
         (100, EvictionKind::Lru, PrefetchKind::None),
+        (100, EvictionKind::Lrfu, PrefetchKind::None),
         (100, EvictionKind::Clock, PrefetchKind::Last),
         (100, EvictionKind::Lfu, PrefetchKind::NextLayer),
         (100, EvictionKind::Mass, PrefetchKind::Predicted),

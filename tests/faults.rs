@@ -64,7 +64,7 @@ impl Link for BadLink {
 fn offload_keeps_its_invariants_through_80_000_faulty_events() {
     for seed in 0..20u64 {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let kind = EvictionKind::ALL[seed as usize % 4];
+        let kind = EvictionKind::ALL[seed as usize % 5];
         let mut offload = Offload::new(HotTier::new(rng.random_range(0..40), kind), 512);
         let mut link = BadLink {
             rng: ChaCha8Rng::seed_from_u64(seed ^ 0xFA11),
@@ -235,7 +235,7 @@ fn a_cold_tier_on_a_faulty_store_changes_no_bit_through_4_000_events() {
         let store = SimStore::new(seed, faults);
         let policy = ["floe", "oracle", "quest", "window"][seed as usize % 4];
         let plain = floe::Config { num_layers: 2, ..config(heads, policy, 112) };
-        let eviction = EvictionKind::ALL[seed as usize % 4];
+        let eviction = EvictionKind::ALL[seed as usize % 5];
         let slab = 256 * 2 * 16 * 2;
         let cold = floe::Config {
             cold: Some(floe::ColdConfig { eviction, ..floe::ColdConfig::new(folder.path()) }),

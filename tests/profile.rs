@@ -32,13 +32,13 @@ fn the_bundled_profile_agrees_with_itself_from_its_log() {
         &text(&log),
     ]);
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
-    for word in ["belady", "lru", "clock", "lfu", "mass", "simulated", "8x"] {
+    for word in ["belady", "lru", "clock", "lfu", "mass", "lrfu", "simulated", "8x"] {
         assert!(stdout.contains(word), "{word}\n{stdout}");
     }
     let document = rows(&json);
     assert_eq!(document["schema"], "floe-profile/1");
     let all = document["rows"].as_array().unwrap();
-    assert_eq!(all.len(), 4 * 4 * 5);
+    assert_eq!(all.len(), 5 * 4 * 5);
     for row in all {
         let of = |field: &str| row[field].as_f64().unwrap();
         assert!(of("hit_rate") > 0.0 && of("overlap") > 0.0 && of("bytes_per_token") > 0.0);

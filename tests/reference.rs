@@ -68,15 +68,10 @@ fn folder() -> Option<PathBuf> {
 }
 
 fn replayed(folder: &Path, policies: &[&str]) -> Vec<ReplayRow> {
+    let policies = policies.iter().map(|p| p.parse().unwrap()).collect();
     let plan = ReplayPlan {
-        policies: policies.iter().map(|p| p.parse().unwrap()).collect(),
-        decode_from: floe::replay::DecodeFrom::default(),
-        budgets: BUDGETS.to_vec(),
         segments: vec!["story".into(), "answer".into()],
-        max_queries: 0,
-        seed: 0,
-        threads: 0,
-        backend: floe::Backend::Cpu,
+        ..ReplayPlan::new(policies, BUDGETS.to_vec())
     };
     let rows =
         |name: String| summarise(&replay(&Trace::open(folder.join(name)).unwrap(), &plan, &|| {}).unwrap());

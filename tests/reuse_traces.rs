@@ -18,16 +18,9 @@ const BUNDLED: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/qwen2.5-coder-1.5b_persuasion-8k_L20H0.safetensors");
 
 fn rows(path: &Path, policies: &[&str]) -> Vec<ReuseRow> {
-    let plan = ReplayPlan {
-        policies: policies.iter().map(|p| p.parse().unwrap()).collect(),
-        budgets: vec![256],
-        decode_from: DecodeFrom::FirstQuery,
-        segments: vec![],
-        max_queries: 0,
-        seed: 0,
-        threads: 2,
-        backend: floe::Backend::Cpu,
-    };
+    let parsed = policies.iter().map(|p| p.parse().unwrap()).collect();
+    let plan =
+        ReplayPlan { decode_from: DecodeFrom::FirstQuery, threads: 2, ..ReplayPlan::new(parsed, vec![256]) };
     let rows = reuse_rows(&replay(&Trace::open(path).unwrap(), &plan, &|| {}).unwrap());
     assert_eq!(rows.len(), policies.len());
     rows

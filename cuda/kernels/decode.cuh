@@ -34,6 +34,7 @@ struct DecodeParams {
     uint32_t num_entries;
     uint32_t num_host;       // pages or rows of `host`
     uint32_t splits;         // of every item, where all have as many: `work` is then not read; else 0
+    uint32_t ring;           // stages of a warp's ring in shared memory; fewer than stages_of<D>: tiles of a warp at most
     const float *join_out;   // [items, group, D] a state of other tokens, merged into the result; null = none
     const float *join_lse;   // [items, group]
     uint32_t late;           // 1: all but the state to join was there before the kernel launched just before this one
@@ -44,7 +45,8 @@ constexpr uint32_t HOST_ENTRY = 0x80000000u; // of an entry of a list: the rest 
 
 enum class Source { Range, Pages, Rows, Fetch };
 
-// Warps of a block and stages of a warp's ring: 96 KiB of shared memory a block, so that two fit on a multiprocessor.
+// Warps of a block and stages of a warp's ring: 96 KiB of shared memory a block, so that two fit on a multiprocessor. Where a warp has
+// fewer tiles than stages the ring is as short, so that other kernels fit beside.
 template <int D> constexpr int warps_of() { return D == 256 ? 2 : 4; }
 template <int D> constexpr int stages_of() { return D == 64 ? 6 : D == 96 ? 4 : 3; }
 template <int D> constexpr int decode_smem() { return warps_of<D>() * stages_of<D>() * TILE_ROWS * 4 * D; }
@@ -74,9 +76,9 @@ template <typename E, int D, Source S> struct Decode {
     __device__ __forceinline__ TileSource locate(uint32_t t) const {
         TileSource s{0, 0xffffu, RESIDENT};
         if constexpr (S == Source::Pages || S == Source::Fetch) {
-            s.entry = __ldg(p.entries + first + t);
-            if (p.masks) s.mask = __ldg(p.masks + first + t);
-            if constexpr (S == Source::Fetch) s.host = __ldg(p.host_pages + first + t);
+            s.entry = __ldcg(p.entries + first + t);
+            if (p.masks) s.mask = __ldcg(p.masks + first + t);
+            if constexpr (S == Source::Fetch) s.host = __ldcg(p.host_pages + first + t);
         } else {
             const uint32_t at = t * TILE_ROWS, left = count - at;
             if (left < TILE_ROWS) s.mask = (1u << left) - 1;
@@ -84,7 +86,7 @@ template <typename E, int D, Source S> struct Decode {
                 s.entry = first + at;
             } else {
                 const uint32_t row = min(uint32_t(lane) % TILE_ROWS, left - 1);
-                s.entry = __ldg(p.entries + first + at + row);
+                s.entry = __ldcg(p.entries + first + at + row);
             }
         }
         return s;
@@ -208,12 +210,16 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
     const uint32_t share = (tiles + splits - 1) / splits;
     const uint32_t begin = min(split * share, tiles), stop = min(begin + share, tiles);
 
-    char *ring = smem + warp * STAGES * TILE_BYTES;
+    char *ring = smem + warp * p.ring * TILE_BYTES;
     const uint32_t ring_at = shared_address(ring);
 
     // The first tiles are under way before the queries are read.
     const uint32_t mine = begin + warp;
-    const uint32_t num = mine < stop ? (stop - mine + WARPS - 1) / WARPS : 0;
+    uint32_t num = mine < stop ? (stop - mine + WARPS - 1) / WARPS : 0;
+    if (p.ring < STAGES && num > p.ring) {
+        if (lane == 0) *p.fault = 1;
+        num = p.ring;
+    }
     TileSource stage[STAGES];
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -396,7 +402,7 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
 #pragma unroll
             for (int v = 0; v < WARPS; v++) {
                 const float factor = exp2_approx(warp_max[v][g] - high);
-                const float4 y = reinterpret_cast<const float4 *>(smem + v * STAGES * TILE_BYTES)[at];
+                const float4 y = reinterpret_cast<const float4 *>(smem + v * p.ring * TILE_BYTES)[at];
                 total += factor * warp_sum[v][g];
                 x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
             }

@@ -58,7 +58,7 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const S
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const uint32_t at = page + column + e;
-                extra[e] = at < end ? __ldg(p.log_count + at) : -INFINITY;
+                extra[e] = at < end ? __ldcg(p.log_count + at) : -INFINITY;
             }
 #pragma unroll
             for (int x = 0; x < 2; x++) {

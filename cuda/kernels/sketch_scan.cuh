@@ -55,7 +55,8 @@ template <typename E, int D, int BITS, int HEADS> struct SketchScan {
     static constexpr int LINES = D / 32, DEEP = D == 256 ? 2 : 1; // words of a token's plane that a lane holds
     static constexpr int PRODUCTS = products_of<HEADS>(), WIDTH = 4 * HEADS;
     static constexpr int PARTS = D / 32;                          // 16-byte parts of a mean key that a lane reads
-    static constexpr int AHEAD = BITS == 4 || BITS * DEEP * HEADS > 4 ? 1 : 2; // pairs under way beside the one in use
+    // Pairs under way beside the one in use: as registers allow.
+    static constexpr int AHEAD = BITS * DEEP * HEADS == 1 ? 4 : BITS == 4 || BITS * DEEP * HEADS > 4 ? 1 : 2;
 
     // What two pages need: lane (g, q) has line q of tokens 4 (g % 4) to + 3 of page g / 4.
     struct Pair {
@@ -81,7 +82,7 @@ template <typename E, int D, int BITS, int HEADS> struct SketchScan {
             }
         }
         x.scales = __ldcs(reinterpret_cast<const uint2 *>(p.scales) + uint64_t(at) * 4 + g % 4);
-        x.mask = at < end ? uint32_t(__ldg(p.masks + at)) >> (4 * (g % 4)) & 0xf : 0;
+        x.mask = at < end ? uint32_t(__ldcg(p.masks + at)) >> (4 * (g % 4)) & 0xf : 0;
         return x;
     }
 
@@ -226,7 +227,7 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
             for (int h = 0; h < HEADS; h++) {
                 const uint32_t at = page + g + 8 * x;
                 base[x][h] = min_nan(c[2 * x + h] * p.scale, 3.4028234e38f);
-                const bool none = at >= end || __ldg(p.masks + min(at, p.num_pages - 1)) == 0;
+                const bool none = at >= end || __ldcg(p.masks + min(at, p.num_pages - 1)) == 0;
                 if (int(q * HEADS + h) < heads)
                     p.scores[score_at(page / 16, p.group, head0 + q * HEADS + h, g + 8 * x)] = none ? -INFINITY : base[x][h];
             }

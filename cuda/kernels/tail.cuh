@@ -39,6 +39,8 @@ struct TailParams {
 // Of a weight that a product takes: keeps the low part out of f16's smallest numbers. Weights sum to at most 1.
 constexpr float WEIGHT_UNIT = 4096.f;
 constexpr int TAIL_STAGES = 2;
+// A block of attention, 128 threads of 188 registers, fits beside 256 threads of 160.
+constexpr int tail_registers(int d, Unit unit, int heads) { return d <= 128 && heads == 1 && unit != Unit::Token2 ? 160 : 255; }
 
 template <typename E> __device__ __forceinline__ float rounded(float x);
 template <> __device__ __forceinline__ float rounded<__nv_bfloat16>(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
@@ -69,7 +71,8 @@ template <typename E, int D, Unit U, int HEADS> struct Tail {
     // Pieces of a row are moved about so that rows an even number apart fall into different banks.
     __device__ __forceinline__ static int place(int row, int piece) { return row * ROW + (piece ^ (row & 6)); }
 
-    __device__ __forceinline__ void load(uint32_t page, int stage) const {
+    // Values and codes, which were there before the units were scored and selected.
+    __device__ __forceinline__ void load_values(uint32_t page, int stage) const {
         const uint32_t to = shared_address(mine + stage * STAGE);
         const uint4 *values = static_cast<const uint4 *>(p.values) + uint64_t(page) * PIECES;
 #pragma unroll
@@ -87,6 +90,10 @@ template <typename E, int D, Unit U, int HEADS> struct Tail {
             }
             copy16_async(to + (AT_SCALES + lane) * 16, reinterpret_cast<const uint4 *>(p.scales) + uint64_t(page) * 2 + lane, 16);
         }
+    }
+
+    __device__ __forceinline__ void load_scores(uint32_t page, int stage) const {
+        const uint32_t to = shared_address(mine + stage * STAGE);
         if constexpr (TOKENS) {
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
@@ -113,7 +120,10 @@ template <typename E, int D, Unit U, int HEADS> __device__ void Tail<E, D, U, HE
     const uint32_t item = blockIdx.y, first = p.first[item], end = min(p.end[item], p.num_pages);
     const uint32_t tiles = end > first ? (end - first + 15) / 16 : 0, stride = gridDim.x * warps;
     uint32_t tile = blockIdx.x * warps + warp;
-    if (tile < tiles) load(first + tile * 16, 0);
+    if (tile < tiles) load_values(first + tile * 16, 0);
+    wait_for_earlier();
+    let_next_start();
+    if (tile < tiles) load_scores(first + tile * 16, 0);
     copy_commit();
     // A lane makes the weights of 2 HEADS pairs of page and head: page lane / WIDTH + i * (32 / WIDTH), head lane % WIDTH.
     constexpr int PAIRS = 2 * HEADS, APART = 32 / WIDTH;
@@ -128,7 +138,10 @@ template <typename E, int D, Unit U, int HEADS> __device__ void Tail<E, D, U, HE
 #pragma unroll
         for (int h = 0; h < HEADS; h++) rest[j][0][h] = rest[j][1][h] = 0;
     for (int stage = 0; tile < tiles; tile += stride, stage ^= 1) {
-        if (tile + stride < tiles) load(first + (tile + stride) * 16, stage ^ 1);
+        if (tile + stride < tiles) {
+            load_values(first + (tile + stride) * 16, stage ^ 1);
+            load_scores(first + (tile + stride) * 16, stage ^ 1);
+        }
         copy_commit();
         copy_wait<1>();
         __syncwarp();
@@ -413,11 +426,9 @@ template <typename E, int D, Unit U, int HEADS> __device__ void Tail<E, D, U, HE
 }
 
 #define TAIL(TYPE, SUFFIX, D, UNIT, NAME, HEADS)                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, 1)                                                                      \
+    extern "C" __global__ void __maxnreg__(floe::tail_registers(D, floe::Unit::UNIT, HEADS))                                     \
         tail_##NAME##_##SUFFIX##_d##D##_h##HEADS(const __grid_constant__ floe::TailParams p) {                                \
         extern __shared__ uint4 shared[];                                                                                     \
-        floe::wait_for_earlier();                                                                                             \
-        floe::let_next_start();                                                                                               \
         const int lane = threadIdx.x % 32;                                                                                    \
         const uint32_t head0 = blockIdx.z * 8;                                                                                \
         using Job = floe::Tail<TYPE, D, floe::Unit::UNIT, HEADS>;                                                             \

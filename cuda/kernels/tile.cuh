@@ -90,7 +90,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 
 // Waits until the kernels before this one in the stream are done and their writes are seen. Every kernel that may be launched
-// before its predecessor is done (`Launch::early`) calls it before it touches memory that another kernel writes or reads.
+// before its predecessor is done (`launch_early`) calls it before it touches memory that another kernel writes or reads, and reads
+// such memory coherently (no `__ldg`): it may have been written while this kernel already held its places.
 __device__ __forceinline__ void wait_for_earlier() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

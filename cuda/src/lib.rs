@@ -27,6 +27,7 @@
 //! | `page_scores`, `sketch_scores` | scores of all pages from their mean keys, of all tokens from 1, 2 or 4 bits a coordinate |
 //! | `select_topk` | the best of them under a budget, and -inf as their score |
 //! | `page_tail` | the state of what was not selected, by mean values |
+//! | `ops::sweep` | the same in fewer passes: scores of pages and tokens at once, selection by a cluster, a tail with value codes on the tensor cores, and attention that runs beside it and joins its state |
 //! | `merge_states`, `append_kv`, `match_scan` | join partial states, write new rows, nearest earlier query |
 //!
 //! Words: a *row* is one token's key followed by its value; a *group* is the query heads that share a kv head; a

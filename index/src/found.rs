@@ -177,6 +177,19 @@ impl Refined {
         self.left.clear();
     }
 
+    /// Makes room for as many pages, each with as many heads: how many there are differs from query to query, and no later one
+    /// shall allocate. Memory that is never written costs nothing.
+    pub fn reserve(&mut self, pages: usize, group: usize) {
+        room_for(&mut self.pages, pages);
+        room_for(&mut self.ends, pages);
+        room_for(&mut self.places, pages);
+        room_for(&mut self.left, pages);
+        // Heads are written eight at a time.
+        room_for(&mut self.heads, pages * group + 8);
+        room_for(&mut self.logits, pages * group * LANES);
+        room_for(&mut self.weights, pages * group * LANES);
+    }
+
     /// Makes room for the tokens of all pairs: pairs, `left`, then logits and weights, to be written.
     pub fn tokens_mut(&mut self) -> (Pairs<'_>, &[u16], &mut [f32], &mut [f32]) {
         let len = self.heads.len() * LANES;
@@ -216,4 +229,9 @@ impl Refined {
             self.weights[pair * LANES + lane] = 0.0;
         }
     }
+}
+
+/// Capacity for `len` elements in all.
+pub(crate) fn room_for<T>(items: &mut Vec<T>, len: usize) {
+    items.reserve(len.saturating_sub(items.len()));
 }

@@ -1,5 +1,7 @@
 //! Working memory of a search, owned by the caller: one per worker thread.
 
+use crate::blocks::LANES;
+use crate::found::room_for;
 use crate::hnsw::HnswScratch;
 use crate::icecache::IcecacheScratch;
 use crate::quant::QuantQuery;
@@ -83,4 +85,15 @@ pub(crate) struct Deep {
     pub shift: Vec<f32>,
     /// `[group, 16]`
     pub sums: Vec<f32>,
+}
+
+impl Deep {
+    /// Capacity for `pages` entries in parts, each with `group` heads: see `Refined::reserve`.
+    pub fn reserve(&mut self, pages: usize, group: usize) {
+        room_for(&mut self.logits, pages * group);
+        room_for(&mut self.exps, pages * group);
+        room_for(&mut self.weights, pages * group * LANES);
+        room_for(&mut self.shift, group);
+        room_for(&mut self.sums, group * LANES);
+    }
 }

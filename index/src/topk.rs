@@ -3,6 +3,9 @@
 /// Bits of a key below its place: tokens of an entry, 1 to 16.
 const TOKEN_BITS: u32 = 5;
 
+/// Entries that room is made for at once at most: a budget of everything need not be filled.
+const OFFERS_MAX: usize = 1 << 16;
+
 /// An entry offered for selection, as one integer that sorts best first: score descending, then place ascending, then its
 /// number of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,6 +55,9 @@ impl TopK {
         self.tokens = 0;
         self.budget = budget;
         self.limit = (budget / 4).max(32);
+        // Offers of single tokens are cut at twice the budget.
+        let most = self.limit.max(budget.saturating_mul(2).min(OFFERS_MAX)) + 1;
+        self.items.reserve(most.saturating_sub(self.items.len()));
         self.threshold = if budget == 0 { f32::INFINITY } else { f32::NEG_INFINITY };
     }
 
@@ -109,6 +115,10 @@ impl TopK {
 
     /// The selection, best first: the shortest prefix that fills the budget.
     pub fn finish(&mut self) -> &[Ranked] {
+        if self.tokens == self.items.len() {
+            // Fewer to sort.
+            self.cut_singles();
+        }
         self.cut();
         &self.items
     }

@@ -60,7 +60,7 @@ class Engine:
         seed: int = 0,
         hot_slots: int = 0,
         hot_unit: str = "row",
-        eviction: str = "lru",
+        eviction: str = "lrfu",
         prefetch: str = "none",
         cold_folder: StrPath | None = None,
         warm_limit_bytes: int | None = None,
@@ -149,6 +149,73 @@ class Sequence:
         of the hot tier (None without one), `bytes_moved`, `paths` (steps of kv heads by path), `stage_ns`, ..."""
     def last_step(self) -> list[dict[str, Any]]:
         """The last decode step, one dict a kv head: `path`, `tokens_attended`, `retrieved` (positions), `stage_ns`, ..."""
+
+@final
+class CudaEngine:
+    """The engine on a CUDA device, for tensors there; only in builds with the feature `cuda`. `floe.transformers` uses it.
+
+    Sequences are numbers. Work is queued on `stream`, the address of a CUDA stream (`torch.cuda.current_stream().cuda_stream`);
+    tensors may be freed once it is queued, by an allocator that reuses memory in order of the stream, as torch's does.
+
+    Args:
+        device: number of the device.
+        policy: `full` or `pagemean` with at most two bits of a key; tokens by a sketch, pages (`unit=page`) without.
+        hot_slots: rows of each kv head that stay on the device beside sinks and newest tokens.
+        max_sequences, max_tokens: of a sequence; their summaries are allocated at once.
+        resident: part of the keys and values for which there is room on the device.
+
+    Raises:
+        ValueError: a setting that the device cannot serve; the text names the field.
+        RuntimeError: no driver, no device, no memory.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        device: int = 0,
+        dtype: str = "bfloat16",
+        policy: str,
+        budget: int,
+        sinks: int = 16,
+        window: int = 64,
+        hot_slots: int,
+        max_sequences: int,
+        max_tokens: int,
+        resident: float = 0.0,
+        seed: int = 0,
+    ) -> None: ...
+    def admit(self) -> int:
+        """Opens an empty sequence; its number."""
+    def prefill(self, sequence: int, layer: int, k: SupportsDlpack, v: SupportsDlpack, *, stream: int) -> None:
+        """Appends keys and values [tokens, num_kv_heads, head_dim] of a prompt."""
+    def attend(
+        self,
+        layer: int,
+        sequences: list[int],
+        q: SupportsDlpack,
+        k: SupportsDlpack,
+        v: SupportsDlpack,
+        out: SupportsDlpack,
+        *,
+        scale: float,
+        stream: int,
+    ) -> None:
+        """Appends one token to each sequence and attends: [n, heads, head_dim], or with a dimension of one token beside the
+        heads. `out` receives [n, num_q_heads, head_dim] in its own type."""
+    def truncate(self, sequence: int, num_tokens: int, stream: int) -> None:
+        """Forgets the tokens at and after `num_tokens`."""
+    def close(self, sequence: int) -> None:
+        """Frees a sequence; waits for the device."""
+    def num_tokens(self, sequence: int, layer: int) -> int:
+        """Tokens stored in a layer."""
+    def metrics(self, stream: int) -> dict[str, Any]:
+        """Steps, hits, bytes moved, and in words the rule by which a step is exact; waits for the stream."""
+    def memory(self) -> dict[str, int]:
+        """`device_rows_bytes`, `device_summary_bytes`, `host_bytes`."""
 
 @final
 class Trace:

@@ -61,7 +61,7 @@ def profile(
     policy: str = "floe",
     budget: int = 256,
     unit: str = "row",
-    evictions: AnySequence[str] = ("lru", "clock", "lfu", "mass"),
+    evictions: AnySequence[str] = ("lru", "clock", "lfu", "mass", "lrfu"),
     prefetches: AnySequence[str] = ("none", "last", "next_layer", "predicted"),
     slots: AnySequence[float] = (1, 1.5, 2, 4, 8),
     max_steps: int = 0,

@@ -30,7 +30,7 @@ impl PyEngine {
     #[new]
     #[pyo3(signature = (
         num_layers, num_q_heads, num_kv_heads, head_dim, *, dtype="bfloat16", policy="floe", budget=256, sinks=16,
-        window=64, dense_layers=0, spans=None, threads=0, seed=0, hot_slots=0, hot_unit="row", eviction="lru",
+        window=64, dense_layers=0, spans=None, threads=0, seed=0, hot_slots=0, hot_unit="row", eviction="lrfu",
         prefetch="none", cold_folder=None, warm_limit_bytes=None
     ))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]

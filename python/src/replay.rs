@@ -40,7 +40,16 @@ pub fn replay<'py>(
         "first-query" => DecodeFrom::FirstQuery,
         other => return Err(bad_field("decode_from", other, "must be index-until or first-query")),
     };
-    let plan = ReplayPlan { policies, budgets, segments, max_queries, decode_from, seed, threads, backend: floe::Backend::Cpu };
+    let plan = ReplayPlan {
+        policies,
+        budgets,
+        segments,
+        max_queries,
+        decode_from,
+        seed,
+        threads,
+        backend: floe::Backend::Cpu,
+    };
     let traces: Vec<Arc<Trace>> = traces.iter().map(|trace| trace.trace.clone()).collect();
     let replays = py
         .detach(|| {
@@ -97,12 +106,11 @@ pub fn profile<'py>(
     let plan = SimPlan { policies, prefetches, slots_factors: slots, link, threads };
     let cells = py.detach(|| simulate(&collected.log, &plan)).or_py_err()?;
     let profile =
-        Profile { log: &collected.log, plan: &plan, cells: &cells, stages_ns: Some(collected.stages_ns) };
-    let stages: serde_json::Map<String, Value> = Stage::ALL
-        .iter()
-        .zip(collected.stages_ns)
-        .map(|(stage, ns)| (stage.name().to_owned(), json!(ns)))
-        .collect();
+        Profile { log: &collected.log, plan: &plan, cells: &cells, stages_ns: Some(&collected.stages_ns) };
+    let steps = collected.stages_ns.len().max(1) as f64;
+    let mean = |stage: usize| collected.stages_ns.iter().map(|ns| ns[stage]).sum::<f64>() / steps;
+    let stages: serde_json::Map<String, Value> =
+        Stage::ALL.iter().enumerate().map(|(i, stage)| (stage.name().to_owned(), json!(mean(i)))).collect();
     let document = json!({
         "schema": PROFILE_SCHEMA,
         "rows": to_value(&rows(&profile))?,

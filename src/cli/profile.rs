@@ -37,7 +37,7 @@ pub struct ProfileArgs {
     #[arg(long, value_name = "UNIT", default_value = "row")]
     unit: Unit,
     /// Eviction policies.
-    #[arg(long, value_name = "NAME,NAME", value_delimiter = ',', default_value = "lru,clock,lfu,mass")]
+    #[arg(long, value_name = "NAME,NAME", value_delimiter = ',', default_value = "lru,clock,lfu,mass,lrfu")]
     policies: Vec<EvictionKind>,
     /// Ways of fetching ahead.
     #[arg(

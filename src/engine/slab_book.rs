@@ -12,6 +12,16 @@ pub(crate) struct SlabKey {
     pub(super) slab: usize,
 }
 
+impl SlabKey {
+    /// A number for policies that remember slabs that were away.
+    fn unit(&self) -> u32 {
+        let mixed = [self.seq.0, self.layer as u64, self.head as u64, self.slab as u64];
+        let hash =
+            mixed.iter().fold(0u64, |hash, x| (hash ^ x).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29));
+        (hash >> 32) as u32
+    }
+}
+
 /// Slots of all sequences under one policy. Sequences may close and slabs be cut off without a word to the book: whoever asks
 /// for victims says which keys are alive.
 pub(super) struct SlabBook {
@@ -52,7 +62,7 @@ impl SlabBook {
             self.keys.len() as u32 - 1
         });
         self.keys[slot as usize] = Some(key);
-        self.policy.admit(slot, Use { step: self.step, mass: 0.0 });
+        self.policy.admit(slot, key.unit(), Use { step: self.step, mass: 0.0 });
         slot
     }
 

@@ -251,7 +251,7 @@ impl HotTier {
     pub fn arrive(&mut self, slot: u32) -> Result<(), super::life::IllegalTransition<SlotLife, SlotEvent>> {
         let entry = &mut self.slots[slot as usize];
         entry.life = entry.life.next(SlotEvent::Arrive)?;
-        self.policy.admit(slot, Use { step: self.step, mass: 0.0 });
+        self.policy.admit(slot, entry.unit, Use { step: self.step, mass: 0.0 });
         Ok(())
     }
 

@@ -21,7 +21,7 @@ impl Eviction for Clock {
         self.taken.resize(self.used.len(), false);
     }
 
-    fn admit(&mut self, slot: u32, _first: Use) {
+    fn admit(&mut self, slot: u32, _unit: u32, _first: Use) {
         self.used[slot as usize] = false;
     }
 

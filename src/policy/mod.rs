@@ -2,6 +2,7 @@
 
 mod belady;
 mod clock;
+mod lrfu;
 mod prefetch;
 mod ranked;
 
@@ -28,8 +29,8 @@ pub trait Eviction: Send + Sync {
     /// Makes room for slots up to `num_slots`; those there are keep what is known of them.
     fn grow(&mut self, num_slots: usize);
 
-    /// Slot `slot` received a unit.
-    fn admit(&mut self, slot: u32, first: Use);
+    /// Slot `slot` received `unit`.
+    fn admit(&mut self, slot: u32, unit: u32, first: Use);
 
     /// The unit in `slot` was attended.
     fn used(&mut self, slot: u32, by: Use);
@@ -42,12 +43,11 @@ pub trait Eviction: Send + Sync {
     fn victims(&mut self, wanted: usize, evictable: &[bool], step: u64, victims: &mut Vec<u32>);
 }
 
-/// The eviction policies. The default is the cheapest of the best: on the recorded traces `lru` and `mass` lie within half
-/// a point of each other, and `mass` needs the weights of every attended token.
+/// The eviction policies. The default is the best on the recorded traces: `lrfu` hits 1 to 3 points more often than `lru` and
+/// `mass`, which lie within half a point of each other; and it needs no weights of attended tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum EvictionKind {
     /// Longest unused first.
-    #[default]
     Lru,
     /// Second chance: a hand passes over the slots and spares, once, those used since its last visit.
     Clock,
@@ -55,11 +55,14 @@ pub enum EvictionKind {
     Lfu,
     /// Least attention mass, older steps counting less.
     Mass,
+    /// Least used, older steps counting less and uses before an eviction remembered.
+    #[default]
+    Lrfu,
 }
 
 impl EvictionKind {
     /// Every policy, in the order of reports.
-    pub const ALL: [Self; 4] = [Self::Lru, Self::Clock, Self::Lfu, Self::Mass];
+    pub const ALL: [Self; 5] = [Self::Lru, Self::Clock, Self::Lfu, Self::Mass, Self::Lrfu];
 
     /// Name in configurations and reports.
     #[must_use]
@@ -69,6 +72,7 @@ impl EvictionKind {
             Self::Clock => "clock",
             Self::Lfu => "lfu",
             Self::Mass => "mass",
+            Self::Lrfu => "lrfu",
         }
     }
 
@@ -80,6 +84,7 @@ impl EvictionKind {
             Self::Lfu => Box::new(ranked::Ranked::new(num_slots, ranked::frequency)),
             Self::Mass => Box::new(ranked::Ranked::new(num_slots, ranked::decayed_mass)),
             Self::Clock => Box::new(clock::Clock::new(num_slots)),
+            Self::Lrfu => Box::new(lrfu::Lrfu::new(num_slots)),
         }
     }
 }
@@ -92,7 +97,7 @@ impl std::fmt::Display for EvictionKind {
 
 /// A policy name that does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("eviction policy `{0}`: unknown name; known are lru, clock, lfu, mass")]
+#[error("eviction policy `{0}`: unknown name; known are lru, clock, lfu, mass, lrfu")]
 pub struct UnknownEviction(pub String);
 
 impl FromStr for EvictionKind {
@@ -114,7 +119,7 @@ mod tests {
     fn order(kind: EvictionKind, uses: &[(u32, Use)]) -> Vec<u32> {
         let mut policy = kind.build(4);
         for slot in 0..4 {
-            policy.admit(slot, at(0, 0.0));
+            policy.admit(slot, slot, at(0, 0.0));
         }
         for (slot, by) in uses {
             policy.used(*slot, *by);
@@ -139,12 +144,14 @@ mod tests {
         assert_eq!(order(EvictionKind::Lfu, &uses), [0, 2, 3, 1]);
         // Decayed to step 10 by 2^-(age / 8): 0.41, 0.16, 0.13, 0.015.
         assert_eq!(order(EvictionKind::Mass, &uses), [3, 2, 1, 0]);
+        // Decayed counts at step 10: .88, 2.1, 1.1, 2.0.
+        assert_eq!(order(EvictionKind::Lrfu, &uses), [0, 2, 3, 1]);
     }
 
     #[test]
     fn clock_spares_what_was_used_since_its_last_visit() {
         let mut policy = EvictionKind::Clock.build(3);
-        (0..3).for_each(|slot| policy.admit(slot, at(0, 0.0)));
+        (0..3).for_each(|slot| policy.admit(slot, slot, at(0, 0.0)));
         let mut victims = Vec::new();
         policy.victims(1, &[true; 3], 1, &mut victims);
         assert_eq!(victims, [0]);
@@ -158,7 +165,7 @@ mod tests {
     fn victims_are_distinct_and_evictable_and_no_more_than_asked_for() {
         for kind in EvictionKind::ALL {
             let mut policy = kind.build(8);
-            (0..8).for_each(|slot| policy.admit(slot, at(u64::from(slot), 1.0)));
+            (0..8).for_each(|slot| policy.admit(slot, slot, at(u64::from(slot), 1.0)));
             let evictable = [true, false, true, true, false, false, true, true];
             for wanted in 0..10 {
                 let mut victims = Vec::new();

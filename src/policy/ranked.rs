@@ -48,7 +48,7 @@ impl Eviction for Ranked {
         self.facts.resize(num_slots.max(self.facts.len()), Facts::default());
     }
 
-    fn admit(&mut self, slot: u32, first: Use) {
+    fn admit(&mut self, slot: u32, _unit: u32, first: Use) {
         self.facts[slot as usize] = Facts { last_step: first.step, uses: 1, mass: first.mass };
     }
 

@@ -48,6 +48,23 @@ pub struct ReplayPlan {
     pub backend: Backend,
 }
 
+impl ReplayPlan {
+    /// Every query of every segment from the end of the prompt on, on the CPU, with all cores and seed 0.
+    #[must_use]
+    pub fn new(policies: Vec<Policy>, budgets: Vec<usize>) -> Self {
+        Self {
+            policies,
+            budgets,
+            decode_from: DecodeFrom::default(),
+            segments: Vec::new(),
+            max_queries: 0,
+            seed: 0,
+            threads: 0,
+            backend: Backend::Cpu,
+        }
+    }
+}
+
 /// First position that is decoded rather than prefilled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DecodeFrom {

@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use floe_cuda::Isa;
-use floe_cuda::cpu::match_scan;
+use floe_cuda::cpu::{PLANE, match_scan};
 
 use super::accumulate::{merge_head, of_head};
 use super::bytes::{Reader, Writer};
@@ -34,7 +34,7 @@ const EMPTY: u32 = u32::MAX;
 /// Entries of all heads; slot = position modulo the ring's length.
 #[derive(Clone)]
 struct Ring {
-    /// `[group, slots, head_dim]`; infinite = no entry, so that its distance is.
+    /// `[group, planes, slots, PLANE]`, zeros after `head_dim`; infinite = no entry, so that its distance is.
     queries: Vec<f32>,
     /// State over `[sinks, end)`: `[slots, group, head_dim]` and `[slots, group]`.
     out: Vec<f32>,
@@ -82,7 +82,25 @@ pub struct Mac {
     epoch: u64,
     /// Shared with forks until it changes.
     ring: Arc<Ring>,
+    /// A query in whole planes.
+    padded: Vec<f32>,
     step: Step,
+}
+
+impl Ring {
+    /// Writes the query of one head and slot; `None` takes it away.
+    fn set_query(&mut self, (head, slot): (usize, usize), q: Option<&[f32]>) {
+        let slots = self.position.len();
+        // `lse` is `[slots, group]`.
+        let planes = self.queries.len() / (self.lse.len() * PLANE);
+        for plane in 0..planes {
+            let at = ((head * planes + plane) * slots + slot) * PLANE;
+            let place = &mut self.queries[at..at + PLANE];
+            let part = q.map(|q| &q[(plane * PLANE).min(q.len())..((plane + 1) * PLANE).min(q.len())]);
+            place.fill(if q.is_some() { 0.0 } else { f32::INFINITY });
+            place.iter_mut().zip(part.unwrap_or_default()).for_each(|(x, q)| *x = *q);
+        }
+    }
 }
 
 impl Mac {
@@ -91,15 +109,16 @@ impl Mac {
     pub fn new(config: &Config, options: MacOptions) -> Self {
         let (group, dim, slots) = (config.heads.group(), config.heads.head_dim(), options.ring);
         let ring = Ring {
-            queries: vec![f32::INFINITY; group * slots * dim],
+            queries: vec![f32::INFINITY; group * slots * dim.next_multiple_of(PLANE)],
             out: vec![0.0; slots * group * dim],
             lse: vec![f32::NEG_INFINITY; slots * group],
             position: vec![EMPTY; slots],
             epoch: vec![0; slots],
             lineage: vec![0; slots * group],
         };
+        let padded = vec![0.0; dim.next_multiple_of(PLANE)];
         let (ring, step) = (Arc::new(ring), Step::default());
-        Self { options, group, dim, isa: Isa::best(), epoch: 0, ring, step }
+        Self { options, group, dim, isa: Isa::best(), epoch: 0, ring, padded, step }
     }
 
     /// First position that an entry made at `position` does not cover.
@@ -117,11 +136,13 @@ impl Mac {
     }
 
     /// The nearest usable slot of one head.
-    fn probe(&self, q: &[f32], head: usize, position: u32) -> Option<usize> {
+    fn probe(&mut self, q: &[f32], head: usize, position: u32) -> Option<usize> {
         let slots = self.options.ring;
-        let queries = &self.ring.queries[head * slots * self.dim..][..slots * self.dim];
-        let found = match_scan(self.isa, queries, q, self.bound());
-        let (slot, _) = found.expect("the ring is whole rows of the query's length")?;
+        let len = self.padded.len();
+        let queries = &self.ring.queries[head * slots * len..][..slots * len];
+        self.padded[..self.dim].copy_from_slice(q);
+        let found = match_scan(self.isa, queries, &self.padded, self.bound());
+        let (slot, _) = found.expect("the ring is whole rows of as many planes as the query")?;
         let old = self.ring.position[slot];
         let usable = old < position
             && self.ring.epoch[slot] == self.epoch
@@ -216,11 +237,7 @@ impl ReuseCache for Mac {
         let ring = Arc::make_mut(&mut self.ring);
         for head in 0..group {
             let earlier = step.slots[head].map_or(0, |slot| ring.lineage[slot * group + head]);
-            ring.queries[(head * slots + slot) * dim..][..dim].copy_from_slice(of_head(
-                &step.q_pre,
-                head,
-                dim,
-            ));
+            ring.set_query((head, slot), Some(of_head(&step.q_pre, head, dim)));
             ring.lineage[slot * group + head] = earlier + 1;
         }
         ring.out[slot * group * dim..][..group * dim].copy_from_slice(&step.body.out);
@@ -246,7 +263,7 @@ impl ReuseCache for Mac {
 
     fn truncate(&mut self, num_tokens: TokenPos) {
         self.epoch += 1;
-        let (group, dim, slots) = (self.group, self.dim, self.options.ring);
+        let (group, slots) = (self.group, self.options.ring);
         let ring = Arc::make_mut(&mut self.ring);
         for slot in 0..slots {
             if ring.position[slot] < num_tokens {
@@ -255,7 +272,7 @@ impl ReuseCache for Mac {
             }
             ring.position[slot] = EMPTY;
             for head in 0..group {
-                ring.queries[(head * slots + slot) * dim..][..dim].fill(f32::INFINITY);
+                ring.set_query((head, slot), None);
             }
         }
     }
@@ -263,7 +280,7 @@ impl ReuseCache for Mac {
     fn fork(&self) -> Box<dyn ReuseCache> {
         let (options, ring, step) = (self.options, self.ring.clone(), Step::default());
         let (group, dim, isa, epoch) = (self.group, self.dim, self.isa, self.epoch);
-        Box::new(Self { options, group, dim, isa, epoch, ring, step })
+        Box::new(Self { options, group, dim, isa, epoch, ring, padded: self.padded.clone(), step })
     }
 
     fn snapshot(&self) -> Option<Vec<u8>> {

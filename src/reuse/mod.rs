@@ -20,7 +20,6 @@ mod gate;
 mod ladder;
 mod mac;
 mod pace;
-mod spec;
 #[cfg(test)]
 mod tests;
 
@@ -28,11 +27,11 @@ use std::ops::Range;
 
 pub use calibrated::Calibrated;
 pub use mac::Mac;
-pub use spec::{CalibratedOptions, MacOptions, ReuseKind};
 
 use crate::config::Config;
 use crate::error::Result;
 use crate::ids::TokenPos;
+pub use crate::reusing::{CalibratedOptions, MacOptions, ReuseKind};
 use crate::selection::Selection;
 use crate::state::StateBuf;
 

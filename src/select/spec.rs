@@ -6,7 +6,7 @@ use floe_cuda::cpu::quant::QuantKind;
 use floe_index::sketch::SketchConfig;
 use floe_index::{DETAIL, Tail, Unit};
 
-use crate::reuse::{CalibratedOptions, MacOptions, ReuseKind};
+use crate::reusing::{CalibratedOptions, MacOptions, ReuseKind};
 
 /// Newest tokens that `kivi2` keeps exact: as many as the default window, within the 32 to 128 that KIVI uses.
 const KIVI_RESIDUAL: usize = 64;

@@ -23,7 +23,7 @@ mod vector;
 
 pub use dense_decode::{SplitScratch, dense_decode};
 pub use fma_rate::fma_rate;
-pub use match_scan::{distances, match_scan};
+pub use match_scan::{PLANE, distances, match_scan};
 pub use score_rows::score_rows;
 pub use scratch::AttendScratch;
 pub use sparse_decode::sparse_decode;

@@ -148,6 +148,7 @@ struct DecodeParams {
     num_entries: u32,
     num_host: u32,
     splits: u32,
+    ring: u32,
     join_out: u64,
     join_lse: u64,
     late: u32,
@@ -341,6 +342,10 @@ fn prepare<E: DeviceElem>(
         num_entries: 0,
         num_host: 0,
         splits: plan.uniform_splits,
+        ring: {
+            let (warps, stages) = ring(d);
+            plan.share.div_ceil(warps).clamp(1, stages)
+        },
         join_out: 0,
         join_lse: 0,
         late: 0,
@@ -393,6 +398,7 @@ fn launch<E: DeviceElem>(
     let shared_bytes = warps * stages * (PAGE_ROWS * 4 * d) as u32;
     let name = format!("{module}_{}_d{d}", E::NAME);
     let kernel = stream.device().kernel(module, &name, shared_bytes)?;
+    let shared_bytes = shared_bytes / stages * params.ring;
     let launch = Launch { blocks: (plan.blocks, 1), threads: warps * 32, shared_bytes };
     // SAFETY: the layouts match; every buffer was checked against the shapes above, and borrowed buffers wait for the device
     // before they are freed. The kernel waits for earlier ones, or was queued right behind one that did before it let this one start.

@@ -1,7 +1,7 @@
 //! Launchers of the gather from host memory: pages or rows.
 
 use super::{DeviceElem, PAGE_ROWS, check_aligned, word};
-use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream};
+use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream, Together};
 
 /// Blocks of a launch at most. The link is full from 32 blocks on; more only take multiprocessors from other work.
 const BLOCKS_MAX: u32 = 64;
@@ -105,9 +105,10 @@ fn launch<E: DeviceElem>(
         num_units: word("kv", num_units)?,
     };
     let kernel = stream.device().kernel("fetch", "fetch", 0)?;
-    let jobs = u64::from(params.units) * u64::from(params.pieces.div_ceil(WARP_PIECES));
-    let blocks = jobs.div_ceil(u64::from(WARPS)).min(u64::from(BLOCKS_MAX)) as u32;
+    // Pieces are numbered through all units; the kernel steps beyond the last by less than this.
+    word("units", units * unit_len / 8 + (BLOCKS_MAX * WARPS * WARP_PIECES) as usize)?;
+    let blocks = (params.units * params.pieces).div_ceil(WARP_PIECES * WARPS).min(BLOCKS_MAX);
     let launch = Launch { blocks: (blocks, 1), threads: WARPS * 32, shared_bytes: 0 };
-    // SAFETY: the layouts match and every buffer has the checked shape.
-    unsafe { kernel.launch(stream, launch, &params) }
+    // SAFETY: the layouts match, every buffer has the checked shape, and the kernel begins by waiting for earlier ones.
+    unsafe { kernel.launch_early(stream, launch, Together { layers: 1, cluster: 1 }, &params) }
 }

@@ -15,7 +15,8 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 /// What a plan is made for.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanShape<'a> {
-    /// Most rows (16 a page) that each item will have. An item may have fewer at any step.
+    /// Most rows (16 a page) that each item will have. An item may have fewer at any step. More are attended too, only slower, unless
+    /// all items are planned to have few: then they are left out and reported.
     pub rows_max: &'a [u32],
     /// Query heads of an item, 1 to 16.
     pub group: usize,
@@ -32,6 +33,8 @@ pub struct DecodePlan {
     pub(super) part_lse: DeviceBuffer<f32>,
     pub(super) arrived: DeviceBuffer<u32>,
     pub(super) blocks: u32,
+    /// Tiles of a block at most.
+    pub(super) share: u32,
     /// Splits of every item, or 0 where items differ: kernels save a read of `work`.
     pub(super) uniform_splits: u32,
     pub(super) items: usize,
@@ -53,8 +56,10 @@ impl DecodePlan {
         let capacity = device.properties().multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
         let (work, parts) = divide(&tiles, capacity);
         let heads = parts as usize * shape.group;
+        let share = work.iter().map(|w| tiles[w[0] as usize].div_ceil(w[2])).max().unwrap_or(0);
         Ok(Self {
             blocks: word("blocks", work.len())?,
+            share,
             uniform_splits: work
                 .first()
                 .map_or(0, |w| if work.iter().all(|x| x[2] == w[2]) { w[2] } else { 0 }),

@@ -8,6 +8,7 @@
 mod cache;
 mod decode;
 mod fetch;
+mod real;
 mod rig;
 mod scan;
 mod states;

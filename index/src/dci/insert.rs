@@ -12,7 +12,7 @@ use crate::simd::dense;
 /// Most young tokens that wait before a page is made of sixteen of them.
 const YOUNG_MAX: usize = 512;
 /// Fewest: more than the window of a decoder, so that pages are made of tokens that left it.
-const YOUNG_MIN: usize = 128;
+const YOUNG_MIN: usize = 96;
 /// Young tokens are held at sixteen times the bytes of a page's: this part of all tokens keeps them below 1 % of the index.
 const YOUNG_PART: usize = 128;
 

@@ -73,8 +73,6 @@ pub struct Sweep {
     part_out: DeviceBuffer<f32>,
     /// [items, 2]
     arrived: DeviceBuffer<u32>,
-    /// Keys of selection, where they do not fit into shared memory.
-    keys: DeviceBuffer<u16>,
     page_blocks: u32,
     scan_blocks: u32,
     cluster: u32,
@@ -110,12 +108,11 @@ impl Sweep {
         let mut tail = [tail::TailShape::default(); 4];
         for (bits, tail) in tail.iter_mut().enumerate() {
             *tail = tail::TailShape::new(device, &shape, bits)?;
-            tail.blocks = per_item(tail.at_once, tail.warps);
+            tail.blocks = per_item(1, tail.warps);
         }
         let tail_blocks = tail.iter().map(|tail| tail.blocks).max().unwrap_or(1);
         let states = shape.items * tail_blocks.max(page_blocks).max(scan_blocks) as usize * shape.group;
         let (cluster, select_pages) = select::division(device, &shape)?;
-        let spilled = select_pages == 0;
         Ok(Self {
             part_lse: DeviceBuffer::zeros(device, states)?,
             part_out: DeviceBuffer::zeros(
@@ -123,7 +120,6 @@ impl Sweep {
                 shape.items * tail_blocks as usize * shape.group * shape.head_dim,
             )?,
             arrived: DeviceBuffer::zeros(device, 2 * shape.items)?,
-            keys: DeviceBuffer::zeros(device, if spilled { shape.num_pages * 16 } else { 0 })?,
             page_blocks,
             scan_blocks,
             cluster,

@@ -5,14 +5,16 @@ use half::f16;
 use super::super::decode::Spans;
 use super::super::scan::ScanShape;
 use super::super::{check_aligned, word};
-use super::{Sweep, address};
+use super::Sweep;
 use crate::device::{DevMut, DevRef, Device, DeviceError, Launch, Stream, Together};
 
 /// As in `select.cu`.
 const THREADS: u32 = 1024;
 const CLUSTER_MAX: u32 = 8;
-/// Shared memory of a block that is not keys, and some room.
-const SHARED_OTHER: usize = 18 << 10;
+/// Static shared memory of a block, and some room.
+const SHARED_OTHER: usize = 40 << 10;
+/// Bytes that a block keeps for each of its pages: a key, and a place among the pages to be looked at.
+const PAGE_BYTES: u32 = 4;
 
 /// What is selected from; what was selected has score -inf afterwards.
 #[derive(Debug)]
@@ -61,7 +63,6 @@ struct SelectParams {
     first: u64,
     end: u64,
     ids: u64,
-    keys: u64,
     budgets: u64,
     list_first: u64,
     list_end: u64,
@@ -73,7 +74,7 @@ struct SelectParams {
     share: u32,
 }
 
-/// Blocks of a cluster, and pages whose tokens' keys a block keeps in shared memory (0: not enough room, they lie in device memory).
+/// Blocks of a cluster, and pages of a block at most.
 pub(super) fn division(device: &Device, shape: &ScanShape) -> Result<(u32, u32), DeviceError> {
     let (mut cluster, items) = (1, word("items", shape.items)?.max(1));
     while device.is_hopper()
@@ -84,8 +85,12 @@ pub(super) fn division(device: &Device, shape: &ScanShape) -> Result<(u32, u32),
     }
     let tiles = word("pages_max", shape.pages_max.div_ceil(16))?;
     let pages = tiles.div_ceil(cluster) * 16;
-    let fits = pages as usize * 32 + SHARED_OTHER <= device.properties().shared_bytes_max;
-    Ok((cluster, if fits { pages } else { 0 }))
+    let fits = pages as usize * PAGE_BYTES as usize + SHARED_OTHER <= device.properties().shared_bytes_max;
+    if !fits || pages > 1 << 16 {
+        let expected = "pages whose keys fit into the shared memory of the blocks of an item";
+        return Err(DeviceError::Unsupported { field: "pages_max", value: shape.pages_max, expected });
+    }
+    Ok((cluster, pages))
 }
 
 impl Sweep {
@@ -135,7 +140,6 @@ impl Sweep {
             first: select.pages.first.address(),
             end: select.pages.end.address(),
             ids: select.ids.map_or(0, |ids| ids.address()),
-            keys: if self.select_pages == 0 { address(self.keys.view_mut()) } else { 0 },
             budgets: select.budgets.map_or(0, |budgets| budgets.address()),
             list_first: select.list_first.address(),
             list_end: select.list_end.address(),
@@ -147,7 +151,7 @@ impl Sweep {
             share: self.select_pages,
         };
         let width = if group <= 4 { 4 } else { group.next_power_of_two() };
-        let shared_bytes = self.select_pages * 2 * per_page as u32;
+        let shared_bytes = self.select_pages * PAGE_BYTES;
         let name = format!("select_{unit}_g{width}");
         let allowed = stream.device().properties().shared_bytes_max - SHARED_OTHER;
         let kernel = stream.device().kernel("select", &name, word("shared memory", allowed)?)?;

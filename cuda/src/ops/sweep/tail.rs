@@ -51,13 +51,11 @@ pub struct TailArgs<'a, E> {
     pub pages: Spans<'a>,
 }
 
-/// How a tail of some unit runs.
+/// How a tail of some unit runs: one block to a multiprocessor, so that attention fits beside.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct TailShape {
     pub(super) warps: u32,
     pub(super) shared_bytes: u32,
-    /// Blocks that share a multiprocessor.
-    pub(super) at_once: u32,
     /// Blocks of an item.
     pub(super) blocks: u32,
 }
@@ -78,9 +76,7 @@ impl TailShape {
             warps /= 2;
         }
         let bytes = warps as usize * warp * 16;
-        let fit = properties.shared_bytes_per_multiprocessor / (bytes + SHARED_OTHER);
-        let at_once = word("blocks", fit.clamp(1, 2))?;
-        Ok(Self { warps, shared_bytes: word("shared memory", bytes)?, at_once, blocks: 0 })
+        Ok(Self { warps, shared_bytes: word("shared memory", bytes)?, blocks: 0 })
     }
 }
 
@@ -117,7 +113,8 @@ pub struct Beside<'a, E> {
 }
 
 impl Sweep {
-    /// The state of all units that were not selected.
+    /// The state of all units that were not selected. On Hopper it begins to read values and codes beside the kernel queued just before:
+    /// they, and the ranges of pages, were written by work queued before the selection.
     ///
     /// Reads every mean value and value code once. Weights have sixteen bits and more on mean values, eight bits relative to the
     /// largest of 256 tokens on residuals.

@@ -1,4 +1,4 @@
-//! What a user can ask of decode reuse, and its validation.
+//! What a user can ask of decode reuse, and its validation: plain types, shared by policies and caches.
 
 use crate::error::{Error, Result};
 
@@ -14,7 +14,7 @@ pub enum ReuseKind {
     Calibrated(CalibratedOptions),
 }
 
-/// Settings of [`super::Mac`]; the defaults are those the method ships with.
+/// Settings of [`crate::reuse::Mac`]; the defaults are those the method ships with.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MacOptions {
     /// `tau`: a match needs `dist^2 < 2 head_dim (1 - tau)^2`; larger is stricter. In [0, 1].
@@ -35,7 +35,7 @@ impl Default for MacOptions {
     }
 }
 
-/// Settings of [`super::Calibrated`]. Bounds and rates are shares, lengths are steps or tokens.
+/// Settings of [`crate::reuse::Calibrated`]. Bounds and rates are shares, lengths are steps or tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CalibratedOptions {
     /// `max_error`: 95 of 100 reused outputs are to be nearer than this to what the step would have given without reuse,
