@@ -131,6 +131,7 @@ fn decode_shard(
         dense_layer: step.layer < config.dense_layers,
         exact_policy: config.policy.is_exact(),
         reuse: step.q_pre.is_some() && config.policy.reuse().is_on(),
+        doubtful: false,
     };
     let mut path = choose(&facts);
     let asked = path == HeadPath::Reuse;
@@ -141,6 +142,10 @@ fn decode_shard(
             path = choose(&facts);
         }
     }
+    if path == HeadPath::Sparse {
+        facts.doubtful = shard.selector.doubts(&query);
+        path = choose(&facts);
+    }
 
     watch.lap(Stage::Reuse);
 
@@ -149,9 +154,10 @@ fn decode_shard(
     let mut select_bytes = 0;
     space.state.reset(group, head_dim);
     match path {
-        HeadPath::Exact | HeadPath::ExactWithinBudget | HeadPath::ExactDenseLayer => {
-            selection.reset(num_tokens, 0, 0)
-        }
+        HeadPath::Exact
+        | HeadPath::ExactWithinBudget
+        | HeadPath::ExactDenseLayer
+        | HeadPath::ExactInDoubt => selection.reset(num_tokens, 0, 0),
         HeadPath::ExactSpan => {
             let attended =
                 span.map_or(num_tokens, |span| num_tokens.min(u32::try_from(span).unwrap_or(u32::MAX)));

@@ -15,6 +15,8 @@ pub struct StepFacts {
     pub exact_policy: bool,
     /// Whether an earlier state may answer for a part of the context.
     pub reuse: bool,
+    /// Whether the policy's estimates are too coarse for these queries ([`crate::select::Selector::doubts`]).
+    pub doubtful: bool,
 }
 
 /// The path, with its reason; recorded in the step's report.
@@ -27,6 +29,8 @@ pub enum HeadPath {
     ExactWithinBudget,
     /// The configuration keeps this layer dense.
     ExactDenseLayer,
+    /// The policy's estimates are too coarse for these queries.
+    ExactInDoubt,
     /// The tokens of the layer's own span, exactly.
     ExactSpan,
     /// Sinks, window and retrieved tokens exactly; the policy's tail for the rest.
@@ -50,6 +54,8 @@ pub const fn choose(facts: &StepFacts) -> HeadPath {
         HeadPath::ExactWithinBudget
     } else if facts.reuse {
         HeadPath::Reuse
+    } else if facts.doubtful {
+        HeadPath::ExactInDoubt
     } else {
         HeadPath::Sparse
     }
@@ -68,12 +74,14 @@ mod tests {
             dense_layer: false,
             exact_policy: false,
             reuse: false,
+            doubtful: false,
         };
         assert_eq!(choose(&facts), HeadPath::Sparse);
         assert_eq!(choose(&StepFacts { budget: 1000, ..facts }), HeadPath::ExactWithinBudget);
         assert_eq!(choose(&StepFacts { dense_layer: true, ..facts }), HeadPath::ExactDenseLayer);
         assert_eq!(choose(&StepFacts { exact_policy: true, ..facts }), HeadPath::Exact);
         assert_eq!(choose(&StepFacts { exact_policy: true, reuse: true, ..facts }), HeadPath::Reuse);
+        assert_eq!(choose(&StepFacts { doubtful: true, ..facts }), HeadPath::ExactInDoubt);
         assert_eq!(choose(&StepFacts { reuse: true, ..facts }), HeadPath::Reuse);
         assert_eq!(
             choose(&StepFacts { sliding_layer: true, exact_policy: true, ..facts }),

@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Layer, config, worst_error};
+use floe::plan::HeadPath;
 use floe::{Config, DecodeStep, Engine, Error, HeadShape, KvDtype, LayerId, StepReport, TensorView};
 use proptest::prelude::*;
 
@@ -163,6 +164,30 @@ fn the_tail_brings_the_output_nearer_to_full_attention() {
     let (with, without, window) = (error("floe"), error("floe:tail=off"), error("window"));
     assert!(with < 0.7 * without, "{with} against {without}");
     assert!(without < window, "{without} against {window}");
+}
+
+#[test]
+fn estimates_too_coarse_for_the_queries_make_the_step_exact() {
+    let heads = HeadShape::new(4, 2, 32).unwrap();
+    let calm = Layer::random(heads, 500, 11);
+    // Residuals eight times as long and queries too: 2-bit codes are off by some ten nats.
+    let mut loud = Layer::random(heads, 500, 11);
+    loud.k.iter_mut().chain(&mut loud.q).for_each(|x| *x *= 8.0);
+    let path = |layer: &Layer, policy: &str| {
+        let mut engine = Engine::open(config(heads, policy, 160)).unwrap();
+        let seq = engine.admit().unwrap();
+        let (k, v) = layer.rows(0..499);
+        engine.prefill(seq, LayerId(0), &k, &v).unwrap();
+        let (out, report) = layer.decode(&mut engine, seq, 0, 499);
+        (report.shards[1].path, report.shards[1].tokens_attended, worst_error(&out, &layer.oracle(499)))
+    };
+    let (taken, attended, error) = path(&loud, "floe");
+    assert_eq!((taken, attended), (HeadPath::ExactInDoubt, 500));
+    // Logits of hundreds: f32 sums of 32 products are off by 1e-4 of a nat.
+    assert!(error < 1e-3, "{error:e}");
+    assert_eq!(path(&loud, "floe:max_doubt=1000").0, HeadPath::Sparse);
+    assert_eq!(path(&loud, "floe:tail=off").0, HeadPath::Sparse);
+    assert_eq!(path(&calm, "floe").0, HeadPath::Sparse);
 }
 
 #[test]

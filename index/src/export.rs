@@ -35,6 +35,18 @@ pub fn token_spread(k_bits: usize) -> f32 {
     SPREAD * code_error(k_bits)
 }
 
+/// Share of a residual's variance that codes of `k_bits` bits lose, for Gaussian coordinates: `1 - 2 / pi` for signs, for 4 and 16
+/// uniform levels the distortions of Max 1960; all of it without codes.
+#[must_use]
+pub fn code_distortion(k_bits: usize) -> f32 {
+    match k_bits {
+        0 => 1.0,
+        1 => 1.0 - std::f32::consts::FRAC_2_PI,
+        2 => 0.1188,
+        _ => 0.01154,
+    }
+}
+
 /// Changes remembered at most: more than four thousand decoded tokens make. A mirror that is further behind starts anew.
 const CHANGES_MAX: usize = 256;
 

@@ -277,6 +277,13 @@ fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow:
             per_step(read.full_kv_bytes),
             read.full_kv_bytes as f64 / both.max(1) as f64,
         )?;
+        if let (doubted @ 1.., all) = read.doubted {
+            writeln!(
+                stderr,
+                "exact    {:.1} % of the heads' steps attended everything: estimates too coarse there (max_doubt)",
+                100.0 * doubted as f64 / all as f64,
+            )?;
+        }
         let asked = read.fetched;
         match asked.requests {
             0 => writeln!(

@@ -7,6 +7,7 @@ use super::{HostError, HostResult, ModelConfig};
 use crate::config::Config;
 use crate::engine::{DecodeStep, Engine, PrefillStep, SequenceMemory};
 use crate::ids::{LayerId, SeqId};
+use crate::plan::HeadPath;
 use crate::select::Policy;
 use crate::shape::KvDtype;
 use crate::step::StepReport;
@@ -23,6 +24,8 @@ pub struct ReadCounters {
     pub index_bytes: u64,
     /// Bytes of keys and values that full attention (over the spans of sliding layers) reads.
     pub full_kv_bytes: u64,
+    /// Steps of a kv head, those that attended everything because the policy's estimates were too coarse, and all.
+    pub doubted: (usize, usize),
     /// What the steps asked of the hot tier; all 0 without one.
     pub fetched: Fetched,
 }
@@ -144,6 +147,8 @@ impl FloeBackend {
         let stored = args.position + token + 1;
         let seen = config.spans.get(args.layer).copied().flatten().map_or(stored, |span| span.min(stored));
         for shard in &self.report.shards {
+            self.counters.doubted.0 += usize::from(shard.path == HeadPath::ExactInDoubt);
+            self.counters.doubted.1 += 1;
             self.counters.kv_bytes += shard.kv_bytes_read as u64;
             self.counters.index_bytes += shard.index_bytes_read as u64;
             self.counters.full_kv_bytes += (seen * row_bytes) as u64;

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use floe_index::export::code_distortion;
 use floe_index::{
     Batch, Dci, Flat, Hnsw, Icecache, IndexError, KeyIndex, Query, SearchParams, Tail, TailOut, Unit,
 };
@@ -43,6 +44,8 @@ pub(super) struct Indexed {
     params: SearchParams,
     /// Whether the ranking heeds the mass on sinks and window; the published page policies do not.
     heeds_attended: bool,
+    /// Standard deviation in nats beyond which estimated logits are not trusted.
+    max_doubt: f32,
     /// First position the index may hold.
     sinks: TokenPos,
     /// Positions below this one have been published.
@@ -53,20 +56,23 @@ impl Indexed {
     /// Consecutive pages, scanned.
     pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
         let index = Flat::with_sketch(config.heads.head_dim(), options.sketch)?;
-        Ok(Self { params: params(options), ..Self::baseline(index, config) })
+        let max_doubt = options.max_doubt;
+        Ok(Self { params: params(options), max_doubt, ..Self::baseline(index, config) })
     }
 
     /// Pages of similar keys, in a tree.
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
         let index = Dci::with_sketch(config.heads.head_dim(), options.sketch)?;
-        Ok(Self { params: params(options), heeds_attended: true, ..Self::baseline(index, config) })
+        let max_doubt = options.max_doubt;
+        Ok(Self { params: params(options), heeds_attended: true, max_doubt, ..Self::baseline(index, config) })
     }
 
     /// A published index: it ranks what it holds and drops the rest.
     pub(super) fn baseline<I: Restored>(index: I, config: &Config) -> Self {
         let params = SearchParams::exact(0, Unit::Token, Tail::Off);
         let (index, read) = (Box::new(index), I::read as ReadIndex);
-        Self { index, read, params, heeds_attended: false, sinks: config.sinks as TokenPos, published: 0 }
+        let sinks = config.sinks as TokenPos;
+        Self { index, read, params, heeds_attended: false, max_doubt: f32::INFINITY, sinks, published: 0 }
     }
 
     /// Tells the ranking of the mass on sinks and window: for an index that ranks tokens by their exact scores, as the oracle does.
@@ -142,6 +148,22 @@ impl Selector for Indexed {
         let state = TailOut { out: out.out, lse: out.lse };
         self.index.tail(&query, &scratch.exclude, &scratch.found, &mut scratch.index, state)?;
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
+    }
+
+    /// Codes err alike in all directions, because residuals are rotated before they are coded: the error of a logit has the
+    /// variance `scale^2 |q|^2` times that of a coordinate, which is a fixed share of the residuals' own.
+    fn doubts(&self, query: &GroupQuery<'_>) -> bool {
+        let Some(codes) = self.index.pages().filter(|_| self.params.tail != Tail::Off) else { return false };
+        let Some(bits) = codes.key_sketches().map(|keys| keys.bits) else { return false };
+        let summaries = codes.summaries();
+        let (mut spread, mut tokens) = (0.0, 0.0);
+        for (&of_page, &count) in summaries.spread.iter().zip(summaries.count) {
+            spread += of_page * count as f32;
+            tokens += count as f32;
+        }
+        let per_head = query.q.iter().map(|x| x * x).sum::<f32>() / query.group as f32;
+        let variance = query.scale * query.scale * per_head * code_distortion(bits) * spread;
+        variance > self.max_doubt * self.max_doubt * tokens
     }
 
     fn fork(&self) -> Result<Box<dyn Selector>> {

@@ -99,6 +99,12 @@ pub trait Selector: Send + Sync {
         Ok(SelectCost::default())
     }
 
+    /// Whether the policy knows that its estimates are too coarse to answer these queries; the step is exact then. A policy
+    /// that drops what it does not attend, as the published ones do, has no such estimates.
+    fn doubts(&self, _query: &GroupQuery<'_>) -> bool {
+        false
+    }
+
     /// Whether `select` or `tail` read rows of `pages`, beyond those that `publish` saw.
     fn reads_rows(&self) -> bool {
         false
