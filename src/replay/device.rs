@@ -3,11 +3,12 @@
 use floe_cuda::device::{Device, Stream};
 use half::bf16;
 
-use super::{MeasuredStep, ReplayError, run::Run, truth::Truth};
+use super::run::{Run, token_rows};
+use super::{MeasuredStep, ReplayError, truth::Truth};
 use crate::config::{Config, HotConfig};
 use crate::gpu::{GpuEngine, GpuOptions, HostLayerStep};
 use crate::ids::LayerId;
-use crate::reuse::{ReuseReport, ReuseSummary};
+use crate::reuse::ReuseReport;
 use crate::shape::{PAGE_TOKENS, PageShape};
 use crate::trace::Trace;
 use crate::view::TensorView;
@@ -35,27 +36,13 @@ pub(super) fn run(
     let mut engine = GpuEngine::<bf16>::open(&device, config.clone(), options)?;
     let seq = engine.admit(None)?;
     let layer = LayerId(0);
-    let rows = |from: usize, to: usize| -> Result<_, crate::Error> {
-        let (range, shape) = (from * head_dim..to * head_dim, [to - from, 1, head_dim]);
-        let k = TensorView::contiguous(&trace.k()[range.clone()], shape)?;
-        Ok((k, TensorView::contiguous(&trace.v()[range], shape)?))
-    };
+    let rows = |from, to| token_rows(trace, from..to);
     let shape = PageShape::new(head_dim, config.kv_dtype);
     let mut run = Run {
-        policy: config.policy.spec().to_owned(),
-        budget: config.budget,
-        errors: Vec::with_capacity(steps.len() * group),
-        mass_kept: Vec::with_capacity(steps.len() * group),
-        recall: Vec::with_capacity(steps.len()),
-        tokens_read: Vec::with_capacity(steps.len()),
-        kv_bytes_read: Vec::with_capacity(steps.len()),
-        index_bytes_read: Vec::with_capacity(steps.len()),
-        pages_read: Vec::with_capacity(steps.len()),
         // The device does not reuse.
         reuse: vec![ReuseReport::default(); steps.len()],
-        learnt: ReuseSummary::default(),
-        index_bytes: 0,
         kv_bytes: meta.num_tokens * shape.row_bytes(),
+        ..Run::before(&config, (steps.len(), group))
     };
     let mut out = vec![0.0f32; group * head_dim];
     for (i, step) in steps.iter().enumerate() {

@@ -40,6 +40,38 @@ pub struct Run {
     pub kv_bytes: usize,
 }
 
+impl Run {
+    /// A run of `steps` steps of `group` heads before its first.
+    pub(super) fn before(config: &Config, (steps, group): (usize, usize)) -> Self {
+        Self {
+            policy: config.policy.spec().to_owned(),
+            budget: config.budget,
+            errors: Vec::with_capacity(steps * group),
+            mass_kept: Vec::with_capacity(steps * group),
+            recall: Vec::with_capacity(steps),
+            tokens_read: Vec::with_capacity(steps),
+            kv_bytes_read: Vec::with_capacity(steps),
+            index_bytes_read: Vec::with_capacity(steps),
+            pages_read: Vec::with_capacity(steps),
+            reuse: Vec::with_capacity(steps),
+            learnt: ReuseSummary::default(),
+            index_bytes: 0,
+            kv_bytes: 0,
+        }
+    }
+}
+
+/// Keys and values of consecutive tokens, `[tokens, 1, head_dim]` each.
+pub(super) fn token_rows(
+    trace: &Trace,
+    tokens: std::ops::Range<usize>,
+) -> Result<(TensorView<'_>, TensorView<'_>), crate::Error> {
+    let head_dim = trace.meta().head_dim;
+    let (range, shape) = (tokens.start * head_dim..tokens.end * head_dim, [tokens.len(), 1, head_dim]);
+    let k = TensorView::contiguous(&trace.k()[range.clone()], shape)?;
+    Ok((k, TensorView::contiguous(&trace.v()[range], shape)?))
+}
+
 pub(super) fn run(
     trace: &Trace,
     (prefilled, steps): (usize, &[MeasuredStep]),
@@ -51,30 +83,12 @@ pub(super) fn run(
     let mut engine = Engine::open(config.clone())?;
     let seq = engine.admit()?;
     let layer = LayerId(0);
-    let rows = |from: usize, to: usize| -> Result<_, crate::Error> {
-        let (range, shape) = (from * head_dim..to * head_dim, [to - from, 1, head_dim]);
-        let k = TensorView::contiguous(&trace.k()[range.clone()], shape)?;
-        Ok((k, TensorView::contiguous(&trace.v()[range], shape)?))
-    };
+    let rows = |from, to| token_rows(trace, from..to);
     let (k, v) = rows(0, prefilled)?;
     engine.prefill(seq, layer, &k, &v)?;
     engine.publish(seq)?;
 
-    let mut run = Run {
-        policy: config.policy.spec().to_owned(),
-        budget: config.budget,
-        errors: Vec::with_capacity(steps.len() * group),
-        mass_kept: Vec::with_capacity(steps.len() * group),
-        recall: Vec::with_capacity(steps.len()),
-        tokens_read: Vec::with_capacity(steps.len()),
-        kv_bytes_read: Vec::with_capacity(steps.len()),
-        index_bytes_read: Vec::with_capacity(steps.len()),
-        pages_read: Vec::with_capacity(steps.len()),
-        reuse: Vec::with_capacity(steps.len()),
-        learnt: ReuseSummary::default(),
-        index_bytes: 0,
-        kv_bytes: 0,
-    };
+    let mut run = Run::before(config, (steps.len(), group));
     let mut report = StepReport::default();
     let mut out = vec![0.0f32; group * head_dim];
     for (i, step) in steps.iter().enumerate() {

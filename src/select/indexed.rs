@@ -56,15 +56,19 @@ impl Indexed {
     /// Consecutive pages, scanned.
     pub(super) fn sequential(config: &Config, options: &IndexOptions) -> Result<Self> {
         let index = Flat::with_sketch(config.heads.head_dim(), options.sketch)?;
-        let max_doubt = options.max_doubt;
-        Ok(Self { params: params(options), max_doubt, ..Self::baseline(index, config) })
+        Ok(Self::searched(index, config, options))
     }
 
     /// Pages of similar keys, in a tree.
     pub(super) fn tree(config: &Config, options: &IndexOptions) -> Result<Self> {
         let index = Dci::with_sketch(config.heads.head_dim(), options.sketch)?;
+        Ok(Self::searched(index, config, options).heeding_attended())
+    }
+
+    /// An index with a tail, searched as `options` say.
+    fn searched<I: Restored>(index: I, config: &Config, options: &IndexOptions) -> Self {
         let max_doubt = options.max_doubt;
-        Ok(Self { params: params(options), heeds_attended: true, max_doubt, ..Self::baseline(index, config) })
+        Self { params: params(options), max_doubt, ..Self::baseline(index, config) }
     }
 
     /// A published index: it ranks what it holds and drops the rest.
@@ -75,7 +79,7 @@ impl Indexed {
         Self { index, read, params, heeds_attended: false, max_doubt: f32::INFINITY, sinks, published: 0 }
     }
 
-    /// Tells the ranking of the mass on sinks and window: for an index that ranks tokens by their exact scores, as the oracle does.
+    /// Tells the ranking of the mass on sinks and window: for an index that ranks tokens by their own scores.
     pub(super) fn heeding_attended(self) -> Self {
         Self { heeds_attended: true, ..self }
     }
