@@ -17,7 +17,7 @@ mod tensor;
 
 use bytemuck::{Pod, Zeroable};
 
-pub use append::{AppendStep, Ranges, append_step};
+pub use append::{AppendStep, DoubtCheck, Ranges, append_step};
 pub use finish::{FINISH_PARTS_MAX, FinishStart, finish};
 pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
