@@ -20,6 +20,7 @@ struct PagesParams {
     uint32_t *value_lines;   // [pages, value_bits, D / 32, 16]
     __half *value_scales;    // [pages, 16]
     uint16_t *masks;         // [pages], with key bits
+    float *spread;           // [pages] mean square of the key residuals' coordinates, with key bits
     const float *signs;      // [D]
     uint32_t type, sequence, run_first, first_page, in_step, num_pages;
     uint32_t key_bits, value_bits; // 0, 1 or 2
@@ -37,10 +38,12 @@ __device__ __forceinline__ int code_of(float x, float inverse_step, uint32_t bit
 }
 
 // Codes of a rotated residual that the warp holds; `words[plane][line]` for everyone. Of the candidate steps the one that explains
-// the most energy after its least-squares scale is kept; one bit has no step.
-template <int LINES> __device__ __forceinline__ __half encode(const float (&x)[LINES], uint32_t bits, uint32_t (&words)[2][LINES]) {
+// the most energy after its least-squares scale is kept; one bit has no step. `energy` becomes the residual's square length.
+template <int LINES>
+__device__ __forceinline__ __half encode(const float (&x)[LINES], uint32_t bits, uint32_t (&words)[2][LINES], float &energy) {
     constexpr float STEPS[6] = {0.70f, 0.85f, 1.0f, 1.15f, 1.35f, 1.6f};
-    float energy = 0, size = 0;
+    float size = 0;
+    energy = 0;
 #pragma unroll
     for (int l = 0; l < LINES; l++) energy += x[l] * x[l], size += fabsf(x[l]);
     energy = warp_sum(energy);
@@ -77,6 +80,7 @@ template <typename E, int D> __device__ __forceinline__ void build_page(const Pa
     __shared__ float sums[2][16][D];
     __shared__ float mean[2][D];
     __shared__ uint32_t by_token[2][LINES][16];
+    __shared__ float energies[16];
     const Cache &c = p.cache;
     const uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y % c.heads;
     uint32_t sequence = p.sequence, page = p.first_page + blockIdx.x;
@@ -122,13 +126,14 @@ template <typename E, int D> __device__ __forceinline__ void build_page(const Pa
     if (D == 96 || p.key_bits + p.value_bits == 0) return;
     __syncthreads();
     uint32_t words[2][LINES];
-    float x[LINES];
+    float x[LINES], energy;
     if (p.key_bits) {
 #pragma unroll
         for (int l = 0; l < LINES; l++) x[l] = (key[l] - mean[0][32 * l + lane]) * p.signs[32 * l + lane];
         hadamard<LINES>(x, lane);
-        const __half scale = encode<LINES>(x, p.key_bits, words);
+        const __half scale = encode<LINES>(x, p.key_bits, words, energy);
         if (lane == 0) {
+            energies[token] = energy;
             p.key_scales[uint64_t(at) * 16 + token] = scale;
 #pragma unroll
             for (int plane = 0; plane < 2; plane++) {
@@ -137,12 +142,19 @@ template <typename E, int D> __device__ __forceinline__ void build_page(const Pa
                     if (plane < p.key_bits) p.key_lines[((uint64_t(at) * p.key_bits + plane) * LINES + l) * 16 + token] = words[plane][l];
             }
         }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            float sum = 0;
+#pragma unroll
+            for (int t = 0; t < 16; t++) sum += energies[t];
+            p.spread[at] = sum / (16 * D);
+        }
     }
     if (!p.value_bits) return;
 #pragma unroll
     for (int l = 0; l < LINES; l++) x[l] = (value[l] - mean[1][32 * l + lane]) * p.signs[32 * l + lane];
     hadamard<LINES>(x, lane);
-    const __half scale = encode<LINES>(x, p.value_bits, words);
+    const __half scale = encode<LINES>(x, p.value_bits, words, energy);
     if (lane == 0) {
         p.value_scales[uint64_t(at) * 16 + token] = scale;
 #pragma unroll

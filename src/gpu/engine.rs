@@ -78,6 +78,7 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) steps: u64,
     pub(super) exact_steps: u64,
     pub(super) replayed_steps: u64,
+    pub(super) sparse_head_steps: u64,
 }
 
 impl<E: DeviceElem> GpuEngine<E> {
@@ -112,6 +113,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             steps: 0,
             exact_steps: 0,
             replayed_steps: 0,
+            sparse_head_steps: 0,
             device: device.clone(),
             config,
             options,
@@ -147,7 +149,10 @@ impl<E: DeviceElem> GpuEngine<E> {
         let open = self.places.get(seq)?;
         let (index, place) = (open.index, open.place);
         self.sequences.write_at(index, &[place])?;
-        self.forget_slots(&place)?;
+        let stream = Stream::new(&self.device)?;
+        self.forget_slots_on(&place, &stream)?;
+        self.forget_spread(index, &stream)?;
+        stream.synchronize()?;
         Ok(seq)
     }
 
@@ -229,6 +234,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             StepIo { q: step.q, k: step.k_new, v: step.v_new, out: step.out, scale: step.scale.to_bits() };
         let padded = pad(&io, shape.entries);
         self.run(layer, shape, &padded, stream)?;
+        self.layers[layer].doubt.warn(layer);
         for seq in step.sequences {
             let window = self.plan.shape.window;
             let open = self.places.get_mut(*seq)?;
@@ -241,6 +247,8 @@ impl<E: DeviceElem> GpuEngine<E> {
         self.last = Some(shape);
         self.steps += 1;
         self.exact_steps += u64::from(exact);
+        self.sparse_head_steps +=
+            if exact { 0 } else { (step.sequences.len() * self.plan.shape.heads) as u64 };
         Ok(())
     }
 
@@ -260,8 +268,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             *tokens = (*tokens).min(num_tokens);
             *built = (*built).min(num_tokens / 16);
         }
-        let place = open.place;
+        let (index, place) = (open.index, open.place);
         self.own_end(seq, stream)?;
+        self.forget_spread(index, stream)?;
         for memory in &mut self.layers {
             // Slots of what is forgotten may be asked for again with other contents.
             for head in 0..shape.heads {
@@ -295,7 +304,9 @@ impl<E: DeviceElem> GpuEngine<E> {
     pub fn empty_hot(&mut self) -> Result<()> {
         self.device.synchronize()?;
         let places: Vec<_> = self.places.open.values().map(|open| open.place).collect();
-        places.iter().try_for_each(|place| self.forget_slots(place))
+        let stream = Stream::new(&self.device)?;
+        places.iter().try_for_each(|place| self.forget_slots_on(place, &stream))?;
+        Ok(stream.synchronize()?)
     }
 
     pub(super) fn check_layer(&self, layer: LayerId) -> Result<()> {
@@ -518,12 +529,16 @@ impl<E: DeviceElem> GpuEngine<E> {
         Ok(())
     }
 
-    /// No slot of a place holds anything.
-    fn forget_slots(&mut self, place: &SequencePlace) -> Result<()> {
-        let stream = Stream::new(&self.device)?;
-        self.forget_slots_on(place, &stream)?;
-        Ok(stream.synchronize()?)
+    /// The spreads of a sequence's pages are summed up anew.
+    fn forget_spread(&mut self, index: usize, stream: &Stream) -> Result<()> {
+        let heads = self.plan.shape.heads;
+        for memory in &mut self.layers {
+            memory.doubt.sums.fill_range(index * heads..(index + 1) * heads, 0, stream)?;
+        }
+        Ok(())
     }
+
+    /// No slot of a place holds anything.
 
     fn forget_slots_on(&mut self, place: &SequencePlace, stream: &Stream) -> Result<()> {
         if self.plan.exact {

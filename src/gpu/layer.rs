@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::Pod;
-use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Stream};
+use floe_cuda::device::{Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
 use half::f16;
@@ -19,6 +19,7 @@ pub(super) struct LayerMemory<E> {
     pub(super) chunks: DeviceBuffer<u64>,
     pub(super) pages: PageMemory<E>,
     pub(super) slots: SlotMemory,
+    pub(super) doubt: DoubtMemory,
 }
 
 /// Summaries and sketches of the pages.
@@ -39,6 +40,8 @@ pub(super) struct PageMemory<E> {
     pub(super) value_scales: DeviceBuffer<f16>,
     /// `[pages]`
     pub(super) masks: DeviceBuffer<u16>,
+    /// Mean square of a page's key residuals, `[pages]`, with a sketch.
+    pub(super) spread: DeviceBuffer<f32>,
 }
 
 /// Which token lies in which slot.
@@ -51,6 +54,40 @@ pub(super) struct SlotMemory {
     pub(super) hand: DeviceBuffer<u32>,
     /// Rows found in slots, rows fetched.
     pub(super) counters: DeviceBuffer<u64>,
+}
+
+/// How far the layer's estimated logits may be off, and how often that was too far.
+#[derive(Debug)]
+pub(super) struct DoubtMemory {
+    /// Spreads summed up, [sequences, heads]; see `floe_cuda::ops::cache::DoubtCheck`.
+    pub(super) sums: DeviceBuffer<[u32; 2]>,
+    /// Steps of single heads that attended everything for that reason.
+    pub(super) doubted: DeviceBuffer<u64>,
+    /// 1 once there was one; page-locked, so that the host sees it without waiting.
+    pub(super) noticed: PinnedBuffer<u32>,
+    warned: bool,
+}
+
+impl DoubtMemory {
+    fn new(device: &Device, sums: usize) -> Result<Self, DeviceError> {
+        Ok(Self {
+            sums: DeviceBuffer::zeros(device, sums)?,
+            doubted: DeviceBuffer::zeros(device, 1)?,
+            noticed: PinnedBuffer::zeros(device, 1)?,
+            warned: false,
+        })
+    }
+
+    /// Says once that the layer has heads in doubt: in the first step of it that is queued after one was seen.
+    pub(super) fn warn(&mut self, layer: usize) {
+        if !self.warned && self.noticed.peek(0) == Some(1) {
+            self.warned = true;
+            tracing::warn!(
+                layer,
+                "estimates are too coarse for queries of this layer: its heads in doubt attend everything (max_doubt)"
+            );
+        }
+    }
 }
 
 impl<E: DeviceElem> LayerMemory<E> {
@@ -78,6 +115,7 @@ impl<E: DeviceElem> LayerMemory<E> {
                 value_lines: DeviceBuffer::zeros(device, bits[1] * pages * dim / 2)?,
                 value_scales: DeviceBuffer::zeros(device, sketched(bits[1]) * 16)?,
                 masks: DeviceBuffer::zeros(device, sketched(bits[0]))?,
+                spread: DeviceBuffer::zeros(device, sketched(bits[0]))?,
             },
             slots: SlotMemory {
                 row_of_token: DeviceBuffer::zeros(device, pages * 16)?,
@@ -86,6 +124,7 @@ impl<E: DeviceElem> LayerMemory<E> {
                 hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
                 counters: DeviceBuffer::zeros(device, 2)?,
             },
+            doubt: DoubtMemory::new(device, options.max_sequences * heads)?,
         };
         let stream = Stream::new(device)?;
         memory.slots.row_of_token.fill_bytes(0xff, &stream)?;
@@ -108,7 +147,7 @@ impl<E: DeviceElem> LayerMemory<E> {
         ];
         let beside = means * size_of::<E>()
             + words.map(|words| words.view().len() * 4).iter().sum::<usize>()
-            + pages.log_count.view().len() * 4
+            + (pages.log_count.view().len() + pages.spread.view().len()) * 4
             + self.chunks.view().len() * 8
             + [&pages.key_scales, &pages.value_scales]
                 .map(|scales| scales.view().len() * 2)
@@ -149,6 +188,7 @@ impl<E: DeviceElem> PageMemory<E> {
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
                 masks: self.masks.view_mut(),
+                spread: self.spread.view_mut(),
                 signs: signs.view(),
             }),
         }

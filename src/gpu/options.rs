@@ -106,6 +106,8 @@ pub(super) struct Plan {
     /// Page means stand for what is not selected.
     pub(super) tail: bool,
     pub(super) tail_place: TailPlace,
+    /// Standard deviation in nats beyond which estimated logits are not trusted; `None`: nothing is estimated, or always trusted.
+    pub(super) max_doubt: Option<f32>,
     /// Tokens that a step retrieves at most.
     pub(super) retrieved: usize,
     /// Slots of a kv head once a sequence does not fit densely.
@@ -130,8 +132,8 @@ impl Plan {
         if *config.policy.reuse() != ReuseKind::Off {
             return refuse("the cuda backend does not reuse earlier steps");
         }
-        let (exact, bits, tail) = match config.policy.kind() {
-            PolicyKind::Full => (true, [0; 2], false),
+        let (exact, bits, tail, max_doubt) = match config.policy.kind() {
+            PolicyKind::Full => (true, [0; 2], false, None),
             PolicyKind::PageMean(options) => {
                 let bits = [options.sketch.k_bits(), options.sketch.v_bits()];
                 if bits[0] > 2 {
@@ -143,7 +145,9 @@ impl Plan {
                         "the cuda backend picks tokens with a sketch and pages (unit=page) without",
                     );
                 }
-                (false, bits, options.tail != Tail::Off)
+                let tail = options.tail != Tail::Off;
+                let estimates = tail && bits[0] > 0 && options.max_doubt.is_finite();
+                (false, bits, tail, estimates.then_some(options.max_doubt))
             }
             _ => return refuse("the cuda backend runs `full` and `pagemean`"),
         };
@@ -183,12 +187,19 @@ impl Plan {
         if !options.page_tokens.is_multiple_of(256) {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
-        Ok(Self { shape, exact, bits, tail, tail_place, retrieved, slots: config.hot.slots })
+        let slots = config.hot.slots;
+        Ok(Self { shape, exact, bits, tail, tail_place, max_doubt, retrieved, slots })
     }
 
     /// Whether tokens are selected, by their sketches; else pages.
     pub(super) const fn by_token(&self) -> bool {
         self.bits[0] > 0
+    }
+
+    /// Variance of a logit estimated at this softmax scale over its bound, for `|q|^2` and a mean square residual of 1.
+    pub(super) fn doubt_factor(&self, scale: f32) -> Option<f32> {
+        let distortion = floe_index::export::code_distortion(self.bits[0]);
+        self.max_doubt.map(|bound| scale * scale * distortion / (bound * bound))
     }
 
     /// Units that a step selects at most.

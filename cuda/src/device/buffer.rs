@@ -380,6 +380,17 @@ impl<T: Pod> PinnedBuffer<T> {
         unsafe { std::slice::from_raw_parts_mut(self.host, self.len) }
     }
 
+    /// An element as it is now, which kernels may be writing; `None` beyond the last.
+    pub fn peek(&self, index: usize) -> Option<T> {
+        // SAFETY: an initialised element, owned; a volatile read of a type that any bits are a value of.
+        (index < self.len).then(|| unsafe { self.host.add(index).read_volatile() })
+    }
+
+    /// The elements as the device sees them, to be written.
+    pub fn view_mut(&mut self) -> DevMut<'_, T> {
+        DevMut { address: self.address, len: self.len, element: PhantomData }
+    }
+
     /// The elements as the device sees them.
     pub fn view(&self) -> DevRef<'_, T> {
         DevRef { address: self.address, len: self.len, element: PhantomData }

@@ -19,19 +19,19 @@ const CHUNKS: usize = 6;
 const TOKENS: usize = CHUNKS * CHUNK_ROWS;
 
 /// One layer with two sequences, the first dense, the second with slots; device memory beside the twin.
-struct World<E: DeviceElem> {
-    rig: &'static Rig,
-    twin: HostCache<E>,
+pub struct World<E: DeviceElem> {
+    pub rig: &'static Rig,
+    pub twin: HostCache<E>,
     host: Vec<PinnedBuffer<E>>,
-    batch: DeviceBuffer<BatchEntry>,
-    sequences: DeviceBuffer<SequencePlace>,
-    chunks: DeviceBuffer<u64>,
-    kv: DeviceBuffer<E>,
+    pub batch: DeviceBuffer<BatchEntry>,
+    pub sequences: DeviceBuffer<SequencePlace>,
+    pub chunks: DeviceBuffer<u64>,
+    pub kv: DeviceBuffer<E>,
     random: Random,
 }
 
 impl<E: DeviceElem> World<E> {
-    fn new(shape: CacheShape, slots: usize) -> Self {
+    pub fn new(shape: CacheShape, slots: usize) -> Self {
         let rig = rig();
         let pages_each = TOKENS / 16;
         let slot_rows = shape.sinks + shape.ring + slots;
@@ -71,12 +71,12 @@ impl<E: DeviceElem> World<E> {
         }
     }
 
-    fn elems(&mut self, n: usize) -> Vec<E> {
+    pub fn elems(&mut self, n: usize) -> Vec<E> {
         (0..n).map(|_| E::from_f32(self.random.normal())).collect()
     }
 
     /// A prompt piece: pages before it is stored, from the rows and the run.
-    fn prefill(&mut self, sequence: usize, first: usize, run: usize, pages: Option<&mut PageBuffers<E>>) {
+    pub fn prefill(&mut self, sequence: usize, first: usize, run: usize, pages: Option<&mut PageBuffers<E>>) {
         let shape = self.twin.shape;
         let (k, v) =
             (self.elems(run * shape.heads * shape.head_dim), self.elems(run * shape.heads * shape.head_dim));
@@ -101,7 +101,7 @@ impl<E: DeviceElem> World<E> {
         self.twin.ingest(sequence, first, &k, &v);
     }
 
-    fn check_rows(&self, name: &str) {
+    pub fn check_rows(&self, name: &str) {
         let (got, len) = (self.kv.read(&self.rig.stream).unwrap(), self.twin.shape.row_len());
         for (row, (a, b)) in got.chunks(len).zip(self.twin.kv.chunks(len)).enumerate() {
             assert!(a.iter().zip(b).all(|(a, b)| a.to_f32() == b.to_f32()), "{name}: row {row}");
@@ -134,7 +134,7 @@ impl<E: DeviceElem> World<E> {
     }
 }
 
-fn tensor<E: DeviceElem>(buffer: &DeviceBuffer<E>, shape: [usize; 3]) -> DeviceTensor {
+pub fn tensor<E: DeviceElem>(buffer: &DeviceBuffer<E>, shape: [usize; 3]) -> DeviceTensor {
     let dtype = if E::NAME == "bf16" { TensorType::Bf16 } else { TensorType::F16 };
     assert_eq!(buffer.view().len(), shape.iter().product::<usize>());
     // SAFETY: the buffer has that shape; callers wait for the stream before they drop it.
@@ -142,7 +142,7 @@ fn tensor<E: DeviceElem>(buffer: &DeviceBuffer<E>, shape: [usize; 3]) -> DeviceT
 }
 
 /// Pages of all sequences.
-struct PageBuffers<E> {
+pub struct PageBuffers<E> {
     bits: [usize; 2],
     mean_keys: DeviceBuffer<E>,
     mean_values: DeviceBuffer<E>,
@@ -152,13 +152,14 @@ struct PageBuffers<E> {
     value_lines: DeviceBuffer<u32>,
     value_scales: DeviceBuffer<f16>,
     masks: DeviceBuffer<u16>,
+    pub spread: DeviceBuffer<f32>,
     signs: DeviceBuffer<f32>,
     host_signs: Vec<f32>,
-    built: usize,
+    pub built: usize,
 }
 
 impl<E: DeviceElem> PageBuffers<E> {
-    fn new(rig: &Rig, pages: usize, d: usize, bits: [usize; 2]) -> Self {
+    pub fn new(rig: &Rig, pages: usize, d: usize, bits: [usize; 2]) -> Self {
         let device = &rig.device;
         let host_signs: Vec<f32> =
             (0..d).map(|i| if i * i % 7 < 3 { 1.0 } else { -1.0 } / (d as f32).sqrt()).collect();
@@ -173,13 +174,14 @@ impl<E: DeviceElem> PageBuffers<E> {
             value_lines: DeviceBuffer::zeros(device, bits[1] * pages * d / 2).unwrap(),
             value_scales: DeviceBuffer::zeros(device, values).unwrap(),
             masks: DeviceBuffer::zeros(device, pages).unwrap(),
+            spread: DeviceBuffer::zeros(device, pages).unwrap(),
             signs: rig.buffer(&host_signs),
             host_signs,
             built: 0,
         }
     }
 
-    fn pages(&mut self) -> Pages<'_, E> {
+    pub fn pages(&mut self) -> Pages<'_, E> {
         Pages {
             mean_keys: self.mean_keys.view_mut(),
             mean_values: self.mean_values.view_mut(),
@@ -191,6 +193,7 @@ impl<E: DeviceElem> PageBuffers<E> {
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
                 masks: self.masks.view_mut(),
+                spread: self.spread.view_mut(),
                 signs: self.signs.view(),
             }),
         }
@@ -202,6 +205,7 @@ impl<E: DeviceElem> PageBuffers<E> {
         let (shape, place) = (world.twin.shape, world.twin.places[1]);
         let d = shape.head_dim;
         let (keys, values) = (self.mean_keys.read(stream).unwrap(), self.mean_values.read(stream).unwrap());
+        let spreads = self.spread.read(stream).unwrap();
         let (counts, masks) = (self.log_count.read(stream).unwrap(), self.masks.read(stream).unwrap());
         let lines = [self.key_lines.read(stream).unwrap(), self.value_lines.read(stream).unwrap()];
         let scales = [self.key_scales.read(stream).unwrap(), self.value_scales.read(stream).unwrap()];
@@ -215,6 +219,11 @@ impl<E: DeviceElem> PageBuffers<E> {
             assert!(got.zip(&want).all(|(a, b)| close(a.to_f32(), *b)), "{name}: means of page {page}");
             let sink = page * 16 < shape.sinks;
             assert_eq!((counts[at] == f32::NEG_INFINITY, masks[at]), (sink, if sink { 0 } else { u16::MAX }));
+            let spread = world.twin.spread(1, head, page);
+            assert!(
+                (f64::from(spreads[at]) - spread).abs() <= spread / 50.0,
+                "{name}: spread of page {page}"
+            );
             for (token, value) in (0..16).flat_map(|token| [(token, false), (token, true)]) {
                 let bits = self.bits[usize::from(value)];
                 if bits == 0 {
@@ -253,7 +262,7 @@ impl<E: DeviceElem> PageBuffers<E> {
     }
 }
 
-fn shape(heads: usize, group: usize, head_dim: usize) -> CacheShape {
+pub fn shape(heads: usize, group: usize, head_dim: usize) -> CacheShape {
     CacheShape { heads, group, head_dim, sinks: 16, window: 64, ring: 128 }
 }
 
@@ -358,6 +367,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 row_end: row_end.view_mut(),
             },
             num_fetch: num_fetch.view_mut(),
+            doubt: None,
         };
         append_step(&rig.stream, &tables, append).unwrap();
         // Tokens that move slowly, so that some are found again.
@@ -384,6 +394,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
         let ends: Vec<u32> = firsts.iter().zip(&found).map(|(first, f)| first + f.len() as u32).collect();
         let (device_found, first, end) = (rig.buffer(&flat), rig.buffer(&firsts), rig.buffer(&ends));
         let request = Resolve {
+            whole: Spans { first: ranges[2].view(), end: ranges[3].view() },
             spans: Spans { first: first.view(), end: end.view() },
             found: device_found.view(),
             unit: FoundUnit::Tokens,

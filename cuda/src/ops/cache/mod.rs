@@ -18,7 +18,7 @@ mod tensor;
 
 use bytemuck::{Pod, Zeroable};
 
-pub use append::{AppendStep, Ranges, append_step};
+pub use append::{AppendStep, DoubtCheck, Ranges, append_step};
 pub use finish::{FINISH_PARTS_MAX, FinishStart, finish};
 pub use gather::{Gather, gather};
 pub use ingest::{Ingest, ingest, refill};

@@ -19,6 +19,7 @@ struct PagesParams {
     log_count: u64,
     codes: [u64; 4],
     masks: u64,
+    spread: u64,
     signs: u64,
     dtype: u32,
     sequence: u32,
@@ -83,6 +84,8 @@ pub struct PageSketch<'a> {
     pub value_scales: DevMut<'a, f16>,
     /// Tokens that count, `[pages]`: all, or none of a page of sinks.
     pub masks: DevMut<'a, u16>,
+    /// Mean square of the coordinates of the keys' residuals to their mean, `[pages]`.
+    pub spread: DevMut<'a, f32>,
     /// Signs of the rotation `[head_dim]`, with its factor `1 / sqrt(head_dim)`.
     pub signs: DevRef<'a, f32>,
 }
@@ -103,7 +106,7 @@ pub fn build_pages<E: DeviceElem>(
     kv.check("kv", kv.len() / shape.row_len() * shape.row_len())?;
     pages.mean_keys.check("mean_keys", num_pages * shape.head_dim)?;
     pages.mean_values.check("mean_values", num_pages * shape.head_dim)?;
-    let (mut codes, mut bits, mut masks, mut signs) = ([0; 4], [0; 2], 0, 0);
+    let (mut codes, mut bits, mut masks, mut spread, mut signs) = ([0; 4], [0; 2], 0, 0, 0);
     if let Some(sketch) = &pages.sketch {
         if shape.head_dim == 96 {
             let expected = "64, 128 or 256 where keys are sketched";
@@ -120,6 +123,7 @@ pub fn build_pages<E: DeviceElem>(
         sketch.value_lines.check("value_lines", sketch.bits[1] * per_bit)?;
         sketch.value_scales.check("value_scales", if sketch.bits[1] > 0 { num_pages * 16 } else { 0 })?;
         sketch.masks.check("masks", num_pages)?;
+        sketch.spread.check("spread", num_pages)?;
         sketch.signs.check("signs", shape.head_dim)?;
         codes = [
             sketch.key_lines.address(),
@@ -128,7 +132,8 @@ pub fn build_pages<E: DeviceElem>(
             sketch.value_scales.address(),
         ];
         bits = sketch.bits.map(|bits| bits as u32);
-        (masks, signs) = (sketch.masks.address(), sketch.signs.address());
+        (masks, spread) = (sketch.masks.address(), sketch.spread.address());
+        signs = sketch.signs.address();
     }
     let mut params = PagesParams {
         cache: tables.params()?,
@@ -141,6 +146,7 @@ pub fn build_pages<E: DeviceElem>(
         log_count: pages.log_count.address(),
         codes,
         masks,
+        spread,
         signs,
         dtype: 0,
         sequence: 0,
