@@ -539,7 +539,6 @@ impl<E: DeviceElem> GpuEngine<E> {
     }
 
     /// No slot of a place holds anything.
-
     fn forget_slots_on(&mut self, place: &SequencePlace, stream: &Stream) -> Result<()> {
         if self.plan.exact {
             return Ok(());

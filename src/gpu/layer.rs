@@ -173,7 +173,8 @@ impl<E: DeviceElem> PageMemory<E> {
         copy_part(&mut self.key_scales, part, stream)?;
         copy_part(&mut self.value_lines, part, stream)?;
         copy_part(&mut self.value_scales, part, stream)?;
-        copy_part(&mut self.masks, part, stream)
+        copy_part(&mut self.masks, part, stream)?;
+        copy_part(&mut self.spread, part, stream)
     }
 
     pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
