@@ -60,15 +60,15 @@ pub struct GpuEngine<E: DeviceElem> {
     graphs: HashMap<(usize, ChainShape, StepIo), Recorded>,
     pub(super) chains: HashMap<ChainShape, Chain<E>>,
     pub(super) config: Config,
-    options: GpuOptions,
+    pub(super) options: GpuOptions,
     pub(super) plan: Plan,
     pub(super) device: Device,
     pub(super) layers: Vec<LayerMemory<E>>,
     pub(super) shared: Shared,
-    batch: DeviceBuffer<BatchEntry>,
+    pub(super) batch: DeviceBuffer<BatchEntry>,
     /// What the device holds in `batch`.
     uploaded: Vec<BatchEntry>,
-    sequences: DeviceBuffer<SequencePlace>,
+    pub(super) sequences: DeviceBuffer<SequencePlace>,
     pub(super) host: HostPool,
     pub(super) places: Places,
     next_seq: u64,
@@ -269,6 +269,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             *built = (*built).min(num_tokens / 16);
         }
         let (index, place) = (open.index, open.place);
+        self.own_end(seq, stream)?;
         self.forget_spread(index, stream)?;
         for memory in &mut self.layers {
             // Slots of what is forgotten may be asked for again with other contents.
@@ -398,7 +399,7 @@ impl<E: DeviceElem> GpuEngine<E> {
     }
 
     /// Builds the pages that a sequence attended exactly until now has not built.
-    fn catch_up(&mut self, seq: SeqId, layer: usize, pages: usize, stream: &Stream) -> Result<()> {
+    pub(super) fn catch_up(&mut self, seq: SeqId, layer: usize, pages: usize, stream: &Stream) -> Result<()> {
         let open = self.places.get_mut(seq)?;
         let first = open.built[layer];
         if first >= pages {
@@ -512,7 +513,7 @@ impl<E: DeviceElem> GpuEngine<E> {
     }
 
     /// Brings the newest rows of a sequence with slots from host memory into its ring, in every layer.
-    fn refill_ring(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
+    pub(super) fn refill_ring(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
         let shape = self.plan.shape;
         let open = self.places.get(seq)?;
         for (memory, &stored) in self.layers.iter_mut().zip(&open.tokens) {
@@ -538,7 +539,6 @@ impl<E: DeviceElem> GpuEngine<E> {
     }
 
     /// No slot of a place holds anything.
-
     fn forget_slots_on(&mut self, place: &SequencePlace, stream: &Stream) -> Result<()> {
         if self.plan.exact {
             return Ok(());
@@ -568,7 +568,7 @@ fn pad(io: &StepIo, entries: usize) -> StepIo {
     StepIo { q: pad(&io.q), k: pad(&io.k), v: pad(&io.v), out: pad(&io.out), scale: io.scale }
 }
 
-fn expect(field: &'static str, tensor: &DeviceTensor, shape: [usize; 3]) -> Result<()> {
+pub(super) fn expect(field: &'static str, tensor: &DeviceTensor, shape: [usize; 3]) -> Result<()> {
     if tensor.shape() == shape {
         return Ok(());
     }

@@ -1,5 +1,6 @@
 //! Page-locked host memory of the warm tier, in chunks that never move.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use floe_cuda::device::{Device, PinnedBuffer};
@@ -8,7 +9,7 @@ use floe_cuda::device::{Device, PinnedBuffer};
 const BLOCK_BYTES: usize = 64 << 20;
 
 /// A chunk: its block and its place in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Chunk {
     block: u32,
     at: u32,
@@ -21,12 +22,15 @@ pub(super) struct HostPool {
     chunk_bytes: usize,
     blocks: Vec<PinnedBuffer<u8>>,
     free: Vec<Chunk>,
+    /// Chunks that several sequences hold, with the number of holders beyond the first.
+    shared: HashMap<Chunk, u32>,
     limit_bytes: usize,
 }
 
 impl HostPool {
     pub(super) fn new(device: &Device, chunk_bytes: usize, limit_bytes: usize) -> Self {
-        Self { device: device.clone(), chunk_bytes, blocks: Vec::new(), free: Vec::new(), limit_bytes }
+        let (blocks, free, shared) = (Vec::new(), Vec::new(), HashMap::new());
+        Self { device: device.clone(), chunk_bytes, blocks, free, shared, limit_bytes }
     }
 
     fn block_chunks(&self) -> usize {
@@ -57,8 +61,32 @@ impl HostPool {
         self.free.pop().ok_or(crate::Error::NoRoom { what: "host chunks", needed: 1, free: 0 })
     }
 
+    /// One more holder of a chunk, which nobody writes to from now on.
+    pub(super) fn share(&mut self, chunk: Chunk) {
+        *self.shared.entry(chunk).or_default() += 1;
+    }
+
+    /// Whether a chunk has several holders.
+    pub(super) fn is_shared(&self, chunk: Chunk) -> bool {
+        self.shared.contains_key(&chunk)
+    }
+
+    /// A holder lets go of a chunk; free once nobody holds it.
     pub(super) fn give(&mut self, chunk: Chunk) {
-        self.free.push(chunk);
+        match self.shared.get_mut(&chunk) {
+            None => self.free.push(chunk),
+            Some(1) => {
+                self.shared.remove(&chunk);
+            }
+            Some(others) => *others -= 1,
+        }
+    }
+
+    /// Copies a chunk. The device is idle.
+    pub(super) fn copy(&mut self, from: Chunk, to: Chunk) {
+        let bytes = self.bytes(from, 0..self.chunk_bytes).to_vec();
+        let start = to.at as usize * self.chunk_bytes;
+        self.blocks[to.block as usize].as_mut_slice()[start..start + bytes.len()].copy_from_slice(&bytes);
     }
 
     /// Address of a chunk as the device sees it.

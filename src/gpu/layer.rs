@@ -1,5 +1,8 @@
 //! Device memory of one layer.
 
+use std::ops::Range;
+
+use bytemuck::Pod;
 use floe_cuda::device::{Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
@@ -156,6 +159,24 @@ impl<E: DeviceElem> LayerMemory<E> {
 }
 
 impl<E: DeviceElem> PageMemory<E> {
+    /// Queues a copy of everything that is kept of `from` (pages) to the pages from `to` on.
+    pub(super) fn copy(&mut self, from: Range<usize>, to: usize, stream: &Stream) -> Result<(), DeviceError> {
+        let pages = self.log_count.view().len();
+        let part = |len: usize| {
+            let each = len / pages.max(1);
+            (from.start * each..from.end * each, to * each)
+        };
+        copy_part(&mut self.mean_keys, part, stream)?;
+        copy_part(&mut self.mean_values, part, stream)?;
+        copy_part(&mut self.log_count, part, stream)?;
+        copy_part(&mut self.key_lines, part, stream)?;
+        copy_part(&mut self.key_scales, part, stream)?;
+        copy_part(&mut self.value_lines, part, stream)?;
+        copy_part(&mut self.value_scales, part, stream)?;
+        copy_part(&mut self.masks, part, stream)?;
+        copy_part(&mut self.spread, part, stream)
+    }
+
     pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
         Pages {
             mean_keys: self.mean_keys.view_mut(),
@@ -173,6 +194,15 @@ impl<E: DeviceElem> PageMemory<E> {
             }),
         }
     }
+}
+
+fn copy_part<T: Pod>(
+    buffer: &mut DeviceBuffer<T>,
+    part: impl Fn(usize) -> (Range<usize>, usize),
+    stream: &Stream,
+) -> Result<(), DeviceError> {
+    let (from, to) = part(buffer.view().len());
+    if from.is_empty() { Ok(()) } else { buffer.copy_within(from, to, stream) }
 }
 
 impl SlotMemory {

@@ -4,5 +4,6 @@
 
 mod doubt;
 mod lifetime;
+mod rows;
 mod trace;
 mod world;

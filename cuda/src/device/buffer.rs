@@ -266,6 +266,25 @@ impl<T: Pod> DeviceBuffer<T> {
             .named("cuMemcpyDtoDAsync")
     }
 
+    /// Queues a copy of a part of the buffer to its elements from `to` on.
+    ///
+    /// # Errors
+    /// Ranges that leave the buffer or overlap; what the driver reports.
+    pub fn copy_within(&mut self, from: Range<usize>, to: usize, stream: &Stream) -> Result<(), DeviceError> {
+        check_range(&from, self.len)?;
+        check_range(&(to..to.saturating_add(from.len())), self.len)?;
+        if to < from.end && from.start < to + from.len() {
+            let expected = "a part that does not overlap the other";
+            return Err(DeviceError::Unsupported { field: "to", value: to, expected });
+        }
+        self.device.bind()?;
+        let size = size_of::<T>();
+        let (target, source) = (self.address + (to * size) as u64, self.address + (from.start * size) as u64);
+        // SAFETY: both ranges lie in the allocation and share no element.
+        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
+    }
+
     /// Queues a fill of a range with one byte.
     ///
     /// # Errors
