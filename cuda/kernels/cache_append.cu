@@ -7,6 +7,7 @@
 //
 // One block per (kv head, sequence).
 #include "cache.cuh"
+#include "sum.cuh"
 
 namespace floe {
 
@@ -32,8 +33,7 @@ struct AppendStepParams {
 // Sum of a value over the block's 128 threads, always in the same order.
 __device__ __forceinline__ float block_sum(float x) {
     __shared__ float sums[4];
-#pragma unroll
-    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    x = warp_sum(x);
     __syncthreads();
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
     __syncthreads();

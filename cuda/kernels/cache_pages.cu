@@ -3,6 +3,7 @@
 //
 // One block per page, one warp per token. In a step: the page, if any, whose last token leaves the window.
 #include "cache.cuh"
+#include "sum.cuh"
 
 namespace floe {
 
@@ -25,12 +26,6 @@ struct PagesParams {
     uint32_t type, sequence, run_first, first_page, in_step, num_pages;
     uint32_t key_bits, value_bits; // 0, 1 or 2
 };
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    return x;
-}
 
 // Code of a coordinate in steps: the sign, or a half step of four.
 __device__ __forceinline__ int code_of(float x, float inverse_step, uint32_t bits) {

@@ -5,6 +5,7 @@
 // within it the choice is exact up to ages of 1023 steps, equal ages by place. Nothing depends on timing but the order in which
 // the items' parts of the list to fetch follow one another.
 #include "cache.cuh"
+#include "sum.cuh"
 
 namespace floe {
 
@@ -29,30 +30,6 @@ struct ResolveParams {
     uint32_t list_each, retrieved, row_bytes, num_rows, num_tokens;
     uint32_t unit_shift;    // ln2 of the tokens of a unit: 0 or 4
 };
-
-// Exclusive sums of two counts over the block, packed into one word of 16 bits each; `total` for everyone.
-__device__ __forceinline__ uint32_t scan_pairs(uint32_t x, uint32_t &total) {
-    __shared__ uint32_t sums[RESOLVE_THREADS / 32];
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t y = x;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t z = __shfl_up_sync(~0u, y, d);
-        if (lane >= d) y += z;
-    }
-    __syncthreads();
-    if (lane == 31) sums[warp] = y;
-    __syncthreads();
-    uint32_t w = lane < RESOLVE_THREADS / 32 ? sums[lane] : 0;
-    const uint32_t own = w;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t z = __shfl_up_sync(~0u, w, d);
-        if (lane >= d) w += z;
-    }
-    total = __shfl_sync(~0u, w, 31);
-    return __shfl_sync(~0u, w - own, warp) + y - x;
-}
 
 // Token `i` of an item whose units begin at `first`.
 __device__ __forceinline__ uint32_t token_at(const ResolveParams &p, uint32_t first, uint32_t i) {
@@ -100,7 +77,7 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
             if (!absent) p.used[row] = e.tick;
         }
         uint32_t total;
-        const uint32_t before = scan_pairs(absent, total);
+        const uint32_t before = exclusive_sum<RESOLVE_THREADS>(absent, total);
         if (absent) missing[num_missing + before] = i;
         num_missing += total;
     }
@@ -128,7 +105,7 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
     uint32_t mine = 0, total;
 #pragma unroll
     for (uint32_t i = 0; i < EACH; i++) mine += bins[AGES - 1 - tid * EACH - i];
-    uint32_t older = scan_pairs(mine, total);
+    uint32_t older = exclusive_sum<RESOLVE_THREADS>(mine, total);
 #pragma unroll
     for (uint32_t i = 0; i < EACH; i++) {
         const uint32_t age = AGES - 1 - tid * EACH - i, count = bins[age];
@@ -143,7 +120,7 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
     const uint32_t begin = min(tid * each, window), stop = min(begin + each, window);
     uint32_t counts = 0;
     for (uint32_t i = begin; i < stop; i++) counts += ages[i] > limit ? 1 : ages[i] == limit && limit ? 1 << 16 : 0;
-    uint32_t places = scan_pairs(counts, total);
+    uint32_t places = exclusive_sum<RESOLVE_THREADS>(counts, total);
     for (uint32_t i = begin; i < stop; i++) {
         uint32_t at = NONE;
         if (ages[i] > limit) at = places & 0xffff, places += 1;
