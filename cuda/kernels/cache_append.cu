@@ -20,6 +20,7 @@ struct AppendStepParams {
     void *q_out;            // [items, group, D] E
     uint32_t *page_first, *page_end, *row_first, *row_end; // [items]
     uint32_t *num_fetch;    // [1] becomes 0
+    uint32_t *num_ahead;    // [1] becomes 0, or null
     uint32_t *fault;        // becomes 1 when a sequence has no room for its token, which is not stored
     const float *spread;    // [pages] mean square of a page's key residuals, or null = no item is in doubt
     uint2 *spread_sums;     // [sequences, heads] pages after the sinks that are summed up, bits of the f32 sum of their spreads
@@ -61,7 +62,10 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     const uint32_t head = blockIdx.x, entry = blockIdx.y, item = entry * c.heads + head;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const BatchEntry e = c.batch[entry];
-    if (head == 0 && entry == 0 && threadIdx.x == 0) *p.num_fetch = 0;
+    if (head == 0 && entry == 0 && threadIdx.x == 0) {
+        *p.num_fetch = 0;
+        if (p.num_ahead) *p.num_ahead = 0;
+    }
     if (e.tokens == 0) {
         if (threadIdx.x == 0) {
             p.page_first[item] = p.page_end[item] = 0;

@@ -27,6 +27,7 @@ use floe_cuda::ops::{
 };
 use half::f16;
 
+use super::ahead::AheadList;
 use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
 
@@ -41,6 +42,8 @@ pub(super) struct ChainShape {
     pub(super) exact_tokens: usize,
     /// Most published pages of an entry, where none is.
     pub(super) pages: usize,
+    /// The layer's parity where steps prefetch, else 0: what a step leaves behind is read while the next layer's runs.
+    pub(super) parity: usize,
 }
 
 /// A host engine's tensors of a step.
@@ -57,10 +60,8 @@ pub(super) struct StepIo {
 /// Memory that does not depend on the shape of a step.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// [pages / 16, group, 16]
-    page_scores: DeviceBuffer<f32>,
-    /// What tokens add to them, [pages, group, 16], with a sketch.
-    residuals: DeviceBuffer<f16>,
+    /// By the chain's parity.
+    scores: Vec<Scores>,
     signs: Option<DeviceBuffer<f32>>,
     /// For pages, for tails.
     sides: [Stream; 2],
@@ -68,14 +69,27 @@ pub(super) struct Shared {
     joins: [Event; 2],
 }
 
+/// Scores of a step.
+#[derive(Debug)]
+struct Scores {
+    /// [pages / 16, group, 16]
+    pages: DeviceBuffer<f32>,
+    /// What tokens add to them, [pages, group, 16], with a sketch.
+    residuals: DeviceBuffer<f16>,
+}
+
 impl Shared {
     pub(super) fn new(device: &Device, plan: &Plan, options: &GpuOptions) -> Result<Self, crate::Error> {
         let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
         let group = plan.shape.group;
+        let residuals = if plan.by_token() { pages * group * 16 } else { 0 };
+        let scores = || -> Result<_, DeviceError> {
+            let residuals = DeviceBuffer::zeros(device, residuals)?;
+            Ok(Scores { pages: DeviceBuffer::zeros(device, pages * group)?, residuals })
+        };
         let signs = if plan.by_token() { Some(rotation_signs(plan.shape.head_dim)?) } else { None };
         Ok(Self {
-            page_scores: DeviceBuffer::zeros(device, pages * group)?,
-            residuals: DeviceBuffer::zeros(device, if plan.by_token() { pages * group * 16 } else { 0 })?,
+            scores: (0..if plan.prefetch > 0 { 2 } else { 1 }).map(|_| scores()).collect::<Result<_, _>>()?,
             signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
             sides: [Stream::new(device)?, Stream::new(device)?],
             forks: [Event::new(device)?, Event::new(device)?],
@@ -88,7 +102,19 @@ impl Shared {
     }
 
     pub(super) fn size_bytes(&self) -> usize {
-        self.page_scores.view().len() * 4 + self.residuals.view().len() * 2
+        let bytes = |scores: &Scores| scores.pages.view().len() * 4 + scores.residuals.view().len() * 2;
+        self.scores.iter().map(bytes).sum()
+    }
+}
+
+impl Scores {
+    /// What is selected from.
+    fn units(&mut self, plan: &Plan) -> UnitsMut<'_> {
+        if plan.by_token() {
+            UnitsMut::Tokens { scores: self.pages.view(), residuals: self.residuals.view_mut() }
+        } else {
+            UnitsMut::Pages(self.pages.view_mut())
+        }
     }
 }
 
@@ -136,6 +162,7 @@ struct Sparse {
     chosen: State,
     tail: State,
     whole: Option<Whole>,
+    ahead: Option<AheadList>,
 }
 
 /// Attention over all tokens of the items that are in doubt.
@@ -209,6 +236,9 @@ impl Sparse {
             chosen: State::new(device, items * cache.group, cache.head_dim)?,
             tail: State::new(device, items * cache.group, cache.head_dim)?,
             whole: plan.max_doubt.map(|_| whole()).transpose()?,
+            ahead: (plan.prefetch > 0)
+                .then(|| AheadList::new(device, items, plan.prefetch_units()))
+                .transpose()?,
         })
     }
 }
@@ -252,7 +282,7 @@ impl<E: DeviceElem> Chain<E> {
         layer: &mut LayerMemory<E>,
         io: &StepIo,
     ) -> Result<(), DeviceError> {
-        let LayerMemory { kv, chunks, pages, slots, doubt } = layer;
+        let LayerMemory { kv, chunks, pages, slots, doubt, ahead } = layer;
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
@@ -282,6 +312,7 @@ impl<E: DeviceElem> Chain<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            num_ahead: ahead.as_mut().map(|ahead| ahead.num.view_mut()),
             doubt,
         };
         append_step(stream, tables, append)?;
@@ -316,6 +347,7 @@ impl<E: DeviceElem> Chain<E> {
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
+        let scores = &mut shared.scores[self.shape.parity];
         shared.forks[0].record(stream)?;
         shared.sides[0].wait(&shared.forks[0])?;
         let built = memory.write(shared.signs.as_ref());
@@ -340,8 +372,8 @@ impl<E: DeviceElem> Chain<E> {
                 spread: floe_index::export::token_spread(plan.bits[0]),
             };
             let to = TokenScoresMut {
-                scores: shared.page_scores.view_mut(),
-                residuals: shared.residuals.view_mut(),
+                scores: scores.pages.view_mut(),
+                residuals: scores.residuals.view_mut(),
                 lse: sparse.unit_lse.view_mut(),
             };
             let means = PageKeys { keys: memory.mean_keys.view(), pages };
@@ -349,8 +381,8 @@ impl<E: DeviceElem> Chain<E> {
         } else {
             let summaries =
                 Summaries { keys: memory.mean_keys.view(), log_count: memory.log_count.view(), pages };
-            let (scores, lse) = (shared.page_scores.view_mut(), sparse.unit_lse.view_mut());
-            sparse.sweep.page_scores(stream, query, &summaries, scores, lse)?;
+            let (to, lse) = (scores.pages.view_mut(), sparse.unit_lse.view_mut());
+            sparse.sweep.page_scores(stream, query, &summaries, to, lse)?;
         }
         let selection = Selection {
             pages,
@@ -363,14 +395,9 @@ impl<E: DeviceElem> Chain<E> {
             list_end: sparse.found_end.view_mut(),
             list: sparse.found.view_mut(),
         };
-        let units = if plan.by_token() {
-            UnitsMut::Tokens { scores: shared.page_scores.view(), residuals: shared.residuals.view_mut() }
-        } else {
-            UnitsMut::Pages(shared.page_scores.view_mut())
-        };
-        sparse.sweep.select(stream, selection, units)?;
+        sparse.sweep.select(stream, selection, scores.units(plan))?;
         let tail = {
-            let scores = shared.page_scores.view();
+            let (scores, residuals) = (scores.pages.view(), scores.residuals.view());
             let units = match rotation {
                 None => TailUnits::Pages(scores),
                 Some(rotation) => {
@@ -380,7 +407,7 @@ impl<E: DeviceElem> Chain<E> {
                         scales: memory.value_scales.view(),
                         rotation,
                     });
-                    TailUnits::Tokens(TokenScores { scores, residuals: shared.residuals.view() }, values)
+                    TailUnits::Tokens(TokenScores { scores, residuals }, values)
                 }
             };
             let (lse, values) = (sparse.unit_lse.view(), memory.mean_values.view());
@@ -421,6 +448,31 @@ impl<E: DeviceElem> Chain<E> {
         }
         sparse_decode(stream, attend, &args, lists, chosen.write())?;
         if beside { stream.wait(&shared.joins[1]) } else { Ok(()) }
+    }
+
+    /// Behind a sparse step: the next best units of its scores, which are then gone.
+    pub(super) fn select_ahead(
+        &mut self,
+        stream: &Stream,
+        plan: &Plan,
+        shared: &mut Shared,
+    ) -> Result<Option<&AheadList>, DeviceError> {
+        let Some(Sparse { sweep, unit_lse, ahead: Some(ahead), .. }) = &mut self.sparse else {
+            return Ok(None);
+        };
+        let selection = Selection {
+            pages: Spans { first: self.ranges[0].view(), end: self.ranges[1].view() },
+            lse: unit_lse.view(),
+            attended: None,
+            ids: None,
+            budget: plan.prefetch_units() as u32,
+            budgets: None,
+            list_first: ahead.first.view(),
+            list_end: ahead.end.view_mut(),
+            list: ahead.list.view_mut(),
+        };
+        sweep.select(stream, selection, shared.scores[self.shape.parity].units(plan))?;
+        Ok(Some(ahead))
     }
 
     /// What the last step left on the device; waits.

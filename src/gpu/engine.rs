@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 
-use floe_cuda::device::{Device, DeviceBuffer, Graph, Stream};
+use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Graph, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{
     BatchEntry, CHUNK_ROWS, DeviceTensor, Ingest, PageSource, SequencePlace, Tables, build_pages, ingest,
     refill,
 };
 
+use super::ahead::AheadStreams;
 use super::chain::{Chain, ChainShape, Shared, StepIo};
 use super::cost::{CostModel, Load};
 use super::host::HostPool;
@@ -65,6 +66,8 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) device: Device,
     pub(super) layers: Vec<LayerMemory<E>>,
     pub(super) shared: Shared,
+    /// Where steps prefetch.
+    pub(super) ahead: Option<AheadStreams>,
     pub(super) batch: DeviceBuffer<BatchEntry>,
     /// What the device holds in `batch`.
     uploaded: Vec<BatchEntry>,
@@ -101,6 +104,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             chains: HashMap::new(),
             layers,
             shared: Shared::new(device, &plan, &options)?,
+            ahead: (plan.prefetch > 0).then(|| AheadStreams::new(device)).transpose()?,
             batch: DeviceBuffer::zeros(device, options.max_batch.next_power_of_two())?,
             uploaded: vec![BatchEntry::default(); options.max_batch.next_power_of_two()],
             sequences: DeviceBuffer::zeros(device, options.max_sequences)?,
@@ -233,7 +237,9 @@ impl<E: DeviceElem> GpuEngine<E> {
         let io =
             StepIo { q: step.q, k: step.k_new, v: step.v_new, out: step.out, scale: step.scale.to_bits() };
         let padded = pad(&io, shape.entries);
+        self.before_step(layer, shape, stream)?;
         self.run(layer, shape, &padded, stream)?;
+        self.queue_ahead(layer, shape, stream)?;
         self.layers[layer].doubt.warn(layer);
         for seq in step.sequences {
             let window = self.plan.shape.window;
@@ -270,6 +276,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         let (index, place) = (open.index, open.place);
         self.own_end(seq, stream)?;
+        self.settle(stream)?;
         self.forget_spread(index, stream)?;
         for memory in &mut self.layers {
             // Slots of what is forgotten may be asked for again with other contents.
@@ -371,6 +378,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             entries: step.sequences.len().next_power_of_two(),
             exact_tokens: 0,
             pages: 0,
+            parity: if self.ahead.is_some() && !exact { layer % 2 } else { 0 },
         };
         let mut entries = vec![BatchEntry::default(); shape.entries];
         for ((seq, position), entry) in step.sequences.iter().zip(step.positions).zip(&mut entries) {
@@ -392,6 +400,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             shape.exact_tokens = shape.exact_tokens.max(1024);
         }
         if self.uploaded[..entries.len()] != entries[..] {
+            if let Some(ahead) = &self.ahead {
+                ahead.wait_for_lists(stream)?;
+            }
             self.batch.write_async(0, &entries, stream)?;
             self.uploaded[..entries.len()].copy_from_slice(&entries);
         }
@@ -451,7 +462,7 @@ impl<E: DeviceElem> GpuEngine<E> {
                 // The capture needs a stream of its own: that of the host engine may be the default one.
                 let own = Stream::new(&self.device)?;
                 let record = || chain.queue(&own, (plan, shared), tables, memory, io);
-                let graph = Graph::capture::<floe_cuda::device::DeviceError>(&own, record)?;
+                let graph = Graph::capture::<DeviceError>(&own, record)?;
                 graph.launch(stream)?;
                 self.graphs.insert(key, Recorded::Ready(graph));
                 Ok(())
@@ -500,6 +511,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         let slots = old.rows_each as usize - shape.sinks - shape.ring;
         let place = SequencePlace { slots: slots as u32, ..old };
+        self.settle(stream)?;
         // While all rows are still there.
         for layer in 0..self.config.num_layers {
             let stored = self.places.get(seq)?.tokens[layer];

@@ -42,14 +42,16 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// # Errors
     /// What the driver reports, list entries outside of their buffers included.
     pub fn report(&self, stream: &Stream) -> Result<GpuReport> {
-        let (mut hits, mut fetched, mut in_doubt) = (0, 0, 0);
+        let (mut hits, mut fetched, mut ahead, mut in_doubt) = (0, 0, 0, 0);
         for memory in &self.layers {
             let counters = memory.slots.counters.read(stream)?;
             hits += counters[0];
             fetched += counters[1];
+            ahead += counters[2];
             in_doubt += memory.doubt.doubted.read(stream)?[0];
         }
         self.device.check_entries()?;
+        let row_bytes = (self.plan.shape.row_len() * size_of::<E>()) as u64;
         Ok(GpuReport {
             device: self.device.properties().name.clone(),
             steps: self.steps,
@@ -59,7 +61,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             head_steps_in_doubt: in_doubt,
             rows_hit: hits,
             rows_fetched: fetched,
-            bytes_fetched: fetched * (self.plan.shape.row_len() * size_of::<E>()) as u64,
+            bytes_fetched: fetched * row_bytes,
+            bytes_prefetched: ahead * row_bytes,
             rule: self.cost.to_string(),
         })
     }

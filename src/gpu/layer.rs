@@ -8,6 +8,7 @@ use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
 use half::f16;
 
+use super::ahead::AheadMemory;
 use super::options::{GpuOptions, Plan};
 
 /// Rows, summaries and slots of one layer, all sequences together.
@@ -20,6 +21,8 @@ pub(super) struct LayerMemory<E> {
     pub(super) pages: PageMemory<E>,
     pub(super) slots: SlotMemory,
     pub(super) doubt: DoubtMemory,
+    /// Rows on their way for the next step, where steps prefetch.
+    pub(super) ahead: Option<AheadMemory>,
 }
 
 /// Summaries and sketches of the pages.
@@ -52,7 +55,7 @@ pub(super) struct SlotMemory {
     pub(super) token_of_row: DeviceBuffer<u32>,
     pub(super) used: DeviceBuffer<u32>,
     pub(super) hand: DeviceBuffer<u32>,
-    /// Rows found in slots, rows fetched.
+    /// Rows found in slots, rows fetched, rows fetched ahead.
     pub(super) counters: DeviceBuffer<u64>,
 }
 
@@ -102,6 +105,8 @@ impl<E: DeviceElem> LayerMemory<E> {
         let bits = plan.bits;
         let sketched = |bits: usize| if bits > 0 { pages } else { 0 };
         let rows = if plan.exact { 0 } else { options.rows };
+        let items = options.max_batch.next_power_of_two() * heads;
+        let ahead = || AheadMemory::new(device, plan, items);
         let mut memory = Self {
             kv: DeviceBuffer::zeros(device, options.rows * 2 * dim)?,
             chunks: DeviceBuffer::zeros(device, options.max_sequences * chunks)?,
@@ -122,9 +127,10 @@ impl<E: DeviceElem> LayerMemory<E> {
                 token_of_row: DeviceBuffer::zeros(device, rows)?,
                 used: DeviceBuffer::zeros(device, rows)?,
                 hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
-                counters: DeviceBuffer::zeros(device, 2)?,
+                counters: DeviceBuffer::zeros(device, 3)?,
             },
             doubt: DoubtMemory::new(device, options.max_sequences * heads)?,
+            ahead: (plan.prefetch > 0).then(ahead).transpose()?,
         };
         let stream = Stream::new(device)?;
         memory.slots.row_of_token.fill_bytes(0xff, &stream)?;

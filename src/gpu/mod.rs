@@ -30,6 +30,7 @@
 //! A host engine that attends a chunk of a prompt itself gets the stored rows back from [`GpuEngine::gather`].
 //! Tensors at the same addresses in later steps (as PyTorch's allocator usually gives) let the step be replayed.
 
+mod ahead;
 mod chain;
 mod cost;
 mod engine;

@@ -63,6 +63,9 @@ pub struct GpuOptions {
     pub tail: TailPlace,
     /// How steps are submitted.
     pub submit: Submit,
+    /// Tokens of a kv head that are brought into slots behind a sparse step, on streams of their own: the next best beyond those that it
+    /// retrieved, for the layer's next step. 0: none. Whole pages where pages are selected.
+    pub prefetch: usize,
 }
 
 impl GpuOptions {
@@ -86,6 +89,7 @@ impl GpuOptions {
             prefer: Prefer::default(),
             tail: TailPlace::default(),
             submit: Submit::default(),
+            prefetch: 0,
         }
     }
 }
@@ -110,6 +114,8 @@ pub(super) struct Plan {
     pub(super) max_doubt: Option<f32>,
     /// Tokens that a step retrieves at most.
     pub(super) retrieved: usize,
+    /// Tokens that are brought in for the next step at most.
+    pub(super) prefetch: usize,
     /// Slots of a kv head once a sequence does not fit densely.
     pub(super) slots: usize,
 }
@@ -173,6 +179,16 @@ impl Plan {
             let reason = format!("must hold the {retrieved} tokens that a step retrieves");
             return Err(Error::config("hot.slots", config.hot.slots, reason));
         }
+        let mut prefetch = if exact { 0 } else { options.prefetch };
+        if bits[0] == 0 {
+            prefetch = prefetch / PAGE_TOKENS * PAGE_TOKENS;
+        }
+        if prefetch > RETRIEVED_MAX || retrieved + prefetch > config.hot.slots.max(retrieved) {
+            let reason = format!(
+                "must be at most {RETRIEVED_MAX} and fit hot.slots beside {retrieved} retrieved tokens"
+            );
+            return Err(Error::config("prefetch", options.prefetch, reason));
+        }
         for (field, value) in [
             ("max_sequences", options.max_sequences),
             ("max_tokens", options.max_tokens),
@@ -188,7 +204,7 @@ impl Plan {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
         let slots = config.hot.slots;
-        Ok(Self { shape, exact, bits, tail, tail_place, max_doubt, retrieved, slots })
+        Ok(Self { shape, exact, bits, tail, tail_place, max_doubt, retrieved, prefetch, slots })
     }
 
     /// Whether tokens are selected, by their sketches; else pages.
@@ -205,6 +221,11 @@ impl Plan {
     /// Units that a step selects at most.
     pub(super) const fn units(&self) -> usize {
         if self.by_token() { self.retrieved } else { self.retrieved / PAGE_TOKENS }
+    }
+
+    /// Units that are brought in for the next step at most.
+    pub(super) const fn prefetch_units(&self) -> usize {
+        if self.by_token() { self.prefetch } else { self.prefetch / PAGE_TOKENS }
     }
 
     /// Rows of a kv head with slots at least.

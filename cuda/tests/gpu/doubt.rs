@@ -82,6 +82,7 @@ impl<E: DeviceElem> Step<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            num_ahead: None,
             doubt: Some(DoubtCheck {
                 factor,
                 spread: buffers.spread.view(),
@@ -209,7 +210,7 @@ fn nothing_is_listed<E: DeviceElem>(world: &mut World<E>, step: &Step<E>) {
     let (found, firsts, ends) = (rig.buffer(&found), rig.buffer(&firsts), rig.buffer(&ends));
     let (mut row_of_token, mut token_of_row) = (none(world.twin.row_of_token.len()), none(num_rows));
     let (mut used, mut hand, mut num) = (zeros(num_rows), zeros(ITEMS), zeros(1));
-    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 2).unwrap();
+    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 3).unwrap();
     let mut from = DeviceBuffer::<u64>::zeros(&rig.device, ITEMS * retrieved).unwrap();
     let mut to = zeros(ITEMS * retrieved);
     let request = Resolve {

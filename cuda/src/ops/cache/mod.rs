@@ -23,7 +23,9 @@ pub use finish::{FINISH_PARTS_MAX, FinishStart, finish};
 pub use gather::{Gather, gather};
 pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
-pub use resolve::{FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve};
+pub use resolve::{
+    Ahead, FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve, resolve_ahead,
+};
 pub use tensor::{DeviceTensor, TensorType};
 
 use super::{check_head_dim, word};
