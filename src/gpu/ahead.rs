@@ -16,6 +16,7 @@ use floe_cuda::ops::cache::{
 use floe_cuda::ops::{DeviceElem, Spans};
 
 use super::chain::ChainShape;
+use super::clock::{Clock, Stage};
 use super::engine::GpuEngine;
 use super::layer::LayerMemory;
 use super::options::Plan;
@@ -112,7 +113,7 @@ impl AheadStreams {
         &self,
         units: &AheadList,
         step: &Followed<'_>,
-        layer: &mut LayerMemory<E>,
+        (layer, clock): (&mut LayerMemory<E>, &mut Clock),
     ) -> Result<(), DeviceError> {
         let LayerMemory { kv, chunks, slots, ahead: Some(memory), .. } = layer else { return Ok(()) };
         let Followed { plan, batch, sequences, parity } = *step;
@@ -129,11 +130,13 @@ impl AheadStreams {
             to: memory.to.view_mut().slice(0..rows)?,
             num: memory.num.view_mut(),
         };
-        resolve_ahead::<E>(&self.lists, &tables, ahead, slots.write(), &mut fetch)?;
+        let work = || resolve_ahead::<E>(&self.lists, &tables, ahead, slots.write(), &mut fetch);
+        clock.time(Stage::Ahead, &self.lists, work)?;
         memory.listed.record(&self.lists)?;
         self.read[parity].record(&self.lists)?;
         self.rows.wait(&memory.listed)?;
-        fetch_listed(&self.rows, plan.shape.head_dim, &fetch, kv.view_mut())?;
+        let work = || fetch_listed(&self.rows, plan.shape.head_dim, &fetch, kv.view_mut());
+        clock.time(Stage::Prefetch, &self.rows, work)?;
         memory.done.record(&self.rows)
     }
 }
@@ -164,7 +167,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         let step = Followed { plan, batch, sequences: self.sequences.view(), parity: shape.parity };
         let lists = ahead.follow(stream, memory)?;
         let Some(units) = chain.select_ahead(lists, plan, &mut self.shared)? else { return Ok(()) };
-        Ok(ahead.fetch(units, &step, memory)?)
+        Ok(ahead.fetch(units, &step, (memory, &mut self.shared.clock))?)
     }
 
     /// `stream` goes on when nothing is on its way for a later step.

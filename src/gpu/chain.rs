@@ -28,6 +28,7 @@ use floe_cuda::ops::{
 use half::f16;
 
 use super::ahead::AheadList;
+use super::clock::{Clock, Stage};
 use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
 
@@ -67,6 +68,7 @@ pub(super) struct Shared {
     sides: [Stream; 2],
     forks: [Event; 2],
     joins: [Event; 2],
+    pub(super) clock: Clock,
 }
 
 /// Scores of a step.
@@ -94,6 +96,7 @@ impl Shared {
             sides: [Stream::new(device)?, Stream::new(device)?],
             forks: [Event::new(device)?, Event::new(device)?],
             joins: [Event::new(device)?, Event::new(device)?],
+            clock: Clock::new(device),
         })
     }
 
@@ -315,18 +318,20 @@ impl<E: DeviceElem> Chain<E> {
             num_ahead: ahead.as_mut().map(|ahead| ahead.num.view_mut()),
             doubt,
         };
-        append_step(stream, tables, append)?;
+        shared.clock.time(Stage::Append, stream, || append_step(stream, tables, append))?;
         let params = AttendParams { scale, softcap: None };
         if let Some((attend, state)) = &mut self.exact {
             let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
             let rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
-            dense_decode(stream, attend, &args, rows, state.write())?;
+            let work = || dense_decode(stream, attend, &args, rows, state.write());
+            shared.clock.time(Stage::Attend, stream, work)?;
         }
         if self.sparse.is_some() {
             self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots), params)?;
         }
         if let Some((_, state)) = &self.exact {
-            finish(stream, tables, &[state.read()], &io.out, FinishStart::Early)?;
+            let work = || finish(stream, tables, &[state.read()], &io.out, FinishStart::Early);
+            shared.clock.time(Stage::Finish, stream, work)?;
         }
         let Some(sparse) = &self.sparse else { return Ok(()) };
         stream.wait(&shared.joins[0])?;
@@ -335,7 +340,8 @@ impl<E: DeviceElem> Chain<E> {
             parts.push(sparse.tail.read());
         }
         parts.extend(sparse.whole.as_ref().map(|whole| whole.state.read()));
-        finish(stream, tables, &parts, &io.out, FinishStart::AfterAll)
+        let work = || finish(stream, tables, &parts, &io.out, FinishStart::AfterAll);
+        shared.clock.time(Stage::Finish, stream, work)
     }
 
     fn queue_sparse(
@@ -351,12 +357,15 @@ impl<E: DeviceElem> Chain<E> {
         shared.forks[0].record(stream)?;
         shared.sides[0].wait(&shared.forks[0])?;
         let built = memory.write(shared.signs.as_ref());
-        build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+        let side = &shared.sides[0];
+        let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
+        shared.clock.time(Stage::Pages, side, work)?;
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         if let Some(Whole { plan: attend, state, warm }) = &mut sparse.whole {
             let items = WholeItems { rows: whole_rows, warm: warm.view(), heads: plan.shape.heads };
-            whole_decode(&shared.sides[0], attend, &args, items, state.write())?;
+            let work = || whole_decode(side, attend, &args, items, state.write());
+            shared.clock.time(Stage::Whole, side, work)?;
         }
         shared.joins[0].record(&shared.sides[0])?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
@@ -377,12 +386,14 @@ impl<E: DeviceElem> Chain<E> {
                 lse: sparse.unit_lse.view_mut(),
             };
             let means = PageKeys { keys: memory.mean_keys.view(), pages };
-            sparse.sweep.token_scores(stream, query, &means, &codes, to)?;
+            let work = || sparse.sweep.token_scores(stream, query, &means, &codes, to);
+            shared.clock.time(Stage::Scan, stream, work)?;
         } else {
             let summaries =
                 Summaries { keys: memory.mean_keys.view(), log_count: memory.log_count.view(), pages };
             let (to, lse) = (scores.pages.view_mut(), sparse.unit_lse.view_mut());
-            sparse.sweep.page_scores(stream, query, &summaries, to, lse)?;
+            let work = || sparse.sweep.page_scores(stream, query, &summaries, to, lse);
+            shared.clock.time(Stage::Scan, stream, work)?;
         }
         let selection = Selection {
             pages,
@@ -395,7 +406,8 @@ impl<E: DeviceElem> Chain<E> {
             list_end: sparse.found_end.view_mut(),
             list: sparse.found.view_mut(),
         };
-        sparse.sweep.select(stream, selection, scores.units(plan))?;
+        let work = || sparse.sweep.select(stream, selection, scores.units(plan));
+        shared.clock.time(Stage::Select, stream, work)?;
         let tail = {
             let (scores, residuals) = (scores.pages.view(), scores.residuals.view());
             let units = match rotation {
@@ -417,7 +429,9 @@ impl<E: DeviceElem> Chain<E> {
         if beside {
             shared.forks[1].record(stream)?;
             shared.sides[1].wait(&shared.forks[1])?;
-            sparse.sweep.tail(&shared.sides[1], &tail, sparse.tail.write())?;
+            let side = &shared.sides[1];
+            let work = || sparse.sweep.tail(side, &tail, sparse.tail.write());
+            shared.clock.time(Stage::Tail, side, work)?;
             shared.joins[1].record(&shared.sides[1])?;
         }
         let found = Resolve {
@@ -434,8 +448,10 @@ impl<E: DeviceElem> Chain<E> {
             to: sparse.to.view_mut(),
             num: self.num_fetch.view_mut(),
         };
-        resolve::<E>(stream, tables, found, slots.write(), &mut fetch)?;
-        fetch_listed(stream, plan.shape.head_dim, &fetch, kv.view_mut())?;
+        let work = || resolve::<E>(stream, tables, found, slots.write(), &mut fetch);
+        shared.clock.time(Stage::Resolve, stream, work)?;
+        let work = || fetch_listed(stream, plan.shape.head_dim, &fetch, kv.view_mut());
+        shared.clock.time(Stage::Fetch, stream, work)?;
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         let lists = Lists::Rows {
             spans: Spans { first: sparse.list_first.view(), end: sparse.list_end.view() },
@@ -444,9 +460,11 @@ impl<E: DeviceElem> Chain<E> {
         let Sparse { attend, chosen, tail: tail_state, sweep, .. } = sparse;
         if plan.tail && !beside {
             let attention = Beside { plan: attend, args, lists };
-            return sweep.tail_and_decode(stream, &tail, tail_state.write(), attention, chosen.write());
+            let work = || sweep.tail_and_decode(stream, &tail, tail_state.write(), attention, chosen.write());
+            return shared.clock.time(Stage::Attend, stream, work);
         }
-        sparse_decode(stream, attend, &args, lists, chosen.write())?;
+        let work = || sparse_decode(stream, attend, &args, lists, chosen.write());
+        shared.clock.time(Stage::Attend, stream, work)?;
         if beside { stream.wait(&shared.joins[1]) } else { Ok(()) }
     }
 
@@ -471,7 +489,8 @@ impl<E: DeviceElem> Chain<E> {
             list_end: ahead.end.view_mut(),
             list: ahead.list.view_mut(),
         };
-        sweep.select(stream, selection, shared.scores[self.shape.parity].units(plan))?;
+        let units = shared.scores[self.shape.parity].units(plan);
+        shared.clock.time(Stage::Ahead, stream, || sweep.select(stream, selection, units))?;
         Ok(Some(ahead))
     }
 

@@ -433,7 +433,7 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// Replays the step if it is recorded, else runs it; a step seen before is recorded on the way.
     fn run(&mut self, layer: usize, shape: ChainShape, io: &StepIo, stream: &Stream) -> Result<()> {
         let key = (layer, shape, *io);
-        if let Some(Recorded::Ready(graph)) = self.graphs.get(&key) {
+        if let (Some(Recorded::Ready(graph)), false) = (self.graphs.get(&key), self.shared.clock.on) {
             self.replayed_steps += 1;
             return Ok(graph.launch(stream)?);
         }
@@ -443,7 +443,10 @@ impl<E: DeviceElem> GpuEngine<E> {
         let memory = &mut self.layers[layer];
         let (plan, shared) = (&self.plan, &mut self.shared);
         let tables = (self.batch.view(), self.sequences.view());
+        shared.clock.layer = layer;
+        // Recorded events have no time.
         let launched = match self.options.submit {
+            _ if shared.clock.on => true,
             Submit::Auto => shape.exact,
             Submit::Recorded => false,
             Submit::Launches => true,

@@ -4,6 +4,7 @@ use floe_cuda::device::Stream;
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::CHUNK_ROWS;
 
+use super::clock::StageSpan;
 use super::engine::GpuEngine;
 use super::layer::LayerMemory;
 use super::report::{GpuMemory, GpuReport, LastStep};
@@ -78,6 +79,20 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         self.sparse_head_steps = 0;
         Ok(())
+    }
+
+    /// Times the stages of steps from here on, or no longer: they are then launched one by one.
+    pub fn time_stages(&mut self, on: bool) {
+        self.shared.clock.on = on;
+    }
+
+    /// When the stages ran that were timed since the last call. Waits for the device.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn stages(&mut self) -> Result<Vec<StageSpan>> {
+        self.device.synchronize()?;
+        Ok(self.shared.clock.take()?)
     }
 
     /// Bytes held.

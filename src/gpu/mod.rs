@@ -32,6 +32,7 @@
 
 mod ahead;
 mod chain;
+mod clock;
 mod cost;
 mod engine;
 mod fork;
@@ -47,6 +48,7 @@ mod profile;
 mod report;
 mod runs;
 
+pub use clock::{Stage, StageSpan};
 pub use cost::{CostModel, Load};
 pub use engine::{GpuEngine, LayerStep};
 pub use floe_cuda::device::{Device, DeviceError, Event, Stream};
@@ -54,5 +56,8 @@ pub use floe_cuda::ops::DeviceElem;
 pub use floe_cuda::ops::cache::{DeviceTensor, TensorType};
 pub use host_io::HostLayerStep;
 pub use options::{GpuOptions, Prefer, Submit, TailPlace};
-pub use profile::{DeviceProfilePlan, DeviceProfileRow, device_profile, device_profile_table};
+pub use profile::{
+    DeviceProfilePlan, DeviceProfileRow, StageRow, device_profile, device_profile_html, device_profile_table,
+    overlap_table, step_overlap,
+};
 pub use report::{GpuMemory, GpuReport, LastStep};
