@@ -15,6 +15,7 @@ struct AppendStepParams {
     void *q_out;            // [items, group, D] E
     uint32_t *page_first, *page_end, *row_first, *row_end; // [items]
     uint32_t *num_fetch;    // [1] becomes 0
+    const uint32_t *tree_pages; // [sequences, heads] pages of each head's tree, or null: pages are runs of 16 tokens
     uint32_t *fault;        // becomes 1 when a sequence has no room for its token, which is not stored
     uint32_t q_type, kv_type, num_rows;
 };
@@ -37,7 +38,9 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     const SequencePlace s = c.sequences[e.sequence];
     const bool dense = s.slots == DENSE;
     if (threadIdx.x == 0) {
-        const uint32_t page = s.pages + head * s.pages_each, pages = e.exact ? 0 : min(published(c, e.tokens), s.pages_each);
+        const uint32_t page = s.pages + head * s.pages_each;
+        const uint32_t known = p.tree_pages ? p.tree_pages[e.sequence * c.heads + head] : published(c, e.tokens);
+        const uint32_t pages = e.exact ? 0 : min(known, s.pages_each);
         p.page_first[item] = page, p.page_end[item] = page + pages;
         const uint32_t first = s.rows + head * s.rows_each;
         p.row_first[item] = first, p.row_end[item] = first + (dense && e.exact ? e.tokens : 0);

@@ -250,6 +250,7 @@ impl<E: DeviceElem> Chain<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            tree_pages: plan.tree.then(|| pages.tree_pages.view()),
         };
         append_step(stream, tables, append)?;
         let params = AttendParams { scale, softcap: None };
@@ -271,7 +272,7 @@ impl<E: DeviceElem> Chain<E> {
             (None, Some(sparse)) => finish(stream, tables, &[sparse.chosen.read()], &io.out, start),
             (None, None) => Ok(()),
         }?;
-        if self.sparse.is_some() { stream.wait(&shared.joins[0]) } else { Ok(()) }
+        if self.sparse.is_some() && !plan.tree { stream.wait(&shared.joins[0]) } else { Ok(()) }
     }
 
     fn queue_sparse(
@@ -283,10 +284,12 @@ impl<E: DeviceElem> Chain<E> {
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
-        shared.forks[0].record(stream)?;
-        shared.sides[0].wait(&shared.forks[0])?;
-        let built = memory.write(shared.signs.as_ref());
-        build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+        if !plan.tree {
+            shared.forks[0].record(stream)?;
+            shared.sides[0].wait(&shared.forks[0])?;
+            let built = memory.write(shared.signs.as_ref());
+            build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+        }
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
         let query = (self.q.view(), params.scale);
         let rotation = shared.signs.as_ref().map(|signs| Rotation { signs: signs.view(), order: None });
@@ -307,8 +310,12 @@ impl<E: DeviceElem> Chain<E> {
             let means = PageKeys { keys: memory.mean_keys.view(), pages };
             sparse.sweep.token_scores(stream, query, &means, &codes, to)?;
         } else {
-            let summaries =
-                Summaries { keys: memory.mean_keys.view(), log_count: memory.log_count.view(), pages };
+            let summaries = Summaries {
+                keys: memory.mean_keys.view(),
+                log_count: memory.log_count.view(),
+                pages,
+                spreads: plan.tree.then(|| (memory.spreads.view(), floe_index::export::PAGE_SPREAD)),
+            };
             let (scores, lse) = (shared.page_scores.view_mut(), sparse.unit_lse.view_mut());
             sparse.sweep.page_scores(stream, query, &summaries, scores, lse)?;
         }
@@ -316,7 +323,7 @@ impl<E: DeviceElem> Chain<E> {
             pages,
             lse: sparse.unit_lse.view(),
             attended: None,
-            ids: None,
+            ids: plan.tree.then(|| memory.tokens.view()),
             budget: plan.units() as u32,
             budgets: None,
             list_first: sparse.found_first.view(),
@@ -325,11 +332,15 @@ impl<E: DeviceElem> Chain<E> {
         };
         let units = if plan.by_token() {
             UnitsMut::Tokens { scores: shared.page_scores.view(), residuals: shared.residuals.view_mut() }
+        } else if plan.tree {
+            UnitsMut::PagesOfTokens { scores: shared.page_scores.view_mut(), masks: memory.masks.view() }
         } else {
             UnitsMut::Pages(shared.page_scores.view_mut())
         };
         sparse.sweep.select(stream, selection, units)?;
-        shared.joins[0].record(&shared.sides[0])?;
+        if !plan.tree {
+            shared.joins[0].record(&shared.sides[0])?;
+        }
         let tail = {
             let scores = shared.page_scores.view();
             let units = match rotation {
@@ -357,7 +368,7 @@ impl<E: DeviceElem> Chain<E> {
         let found = Resolve {
             spans: Spans { first: sparse.found_first.view(), end: sparse.found_end.view() },
             found: sparse.found.view(),
-            unit: if plan.by_token() { FoundUnit::Tokens } else { FoundUnit::Pages },
+            unit: if plan.lists_tokens() { FoundUnit::Tokens } else { FoundUnit::Pages },
             retrieved: plan.retrieved,
             list: sparse.list.view_mut(),
             list_end: sparse.list_end.view_mut(),

@@ -1,6 +1,7 @@
 //! Page-locked host memory of the warm tier, in chunks that never move.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use floe_cuda::device::{Device, PinnedBuffer};
 
@@ -19,7 +20,7 @@ pub(super) struct Chunk {
 pub(super) struct HostPool {
     device: Device,
     chunk_bytes: usize,
-    blocks: Vec<PinnedBuffer<u8>>,
+    blocks: Vec<Arc<PinnedBuffer<u8>>>,
     free: Vec<Chunk>,
     limit_bytes: usize,
 }
@@ -44,7 +45,7 @@ impl HostPool {
                     ("bytes of page-locked host memory", self.limit_bytes - held.min(self.limit_bytes));
                 return Err(crate::Error::NoRoom { what, needed: bytes, free });
             }
-            self.blocks.push(PinnedBuffer::zeros(&self.device, bytes)?);
+            self.blocks.push(Arc::new(PinnedBuffer::zeros(&self.device, bytes)?));
             let block = self.blocks.len() as u32 - 1;
             self.free.extend((0..chunks as u32).rev().map(|at| Chunk { block, at }));
         }
@@ -70,6 +71,11 @@ impl HostPool {
     pub(super) fn bytes(&self, chunk: Chunk, range: Range<usize>) -> &[u8] {
         let start = chunk.at as usize * self.chunk_bytes;
         &self.blocks[chunk.block as usize].as_slice()[start + range.start..start + range.end]
+    }
+
+    /// The chunk's block and where it begins in it, for readers on other threads.
+    pub(super) fn shared(&self, chunk: Chunk) -> (Arc<PinnedBuffer<u8>>, usize) {
+        (self.blocks[chunk.block as usize].clone(), chunk.at as usize * self.chunk_bytes)
     }
 
     /// Bytes held.

@@ -1,6 +1,6 @@
 //! Device memory of one layer.
 
-use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Stream};
+use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
 use half::f16;
@@ -34,8 +34,13 @@ pub(super) struct PageMemory<E> {
     /// Of values.
     pub(super) value_lines: DeviceBuffer<u32>,
     pub(super) value_scales: DeviceBuffer<f16>,
-    /// `[pages]`
+    /// `[pages]`, with sketches or trees.
     pub(super) masks: DeviceBuffer<u16>,
+    /// `[pages]`, with trees that have no sketch.
+    pub(super) spreads: DeviceBuffer<f32>,
+    /// With trees: what a list says of each place [pages, 16], and pages of each tree [sequences, heads].
+    pub(super) tokens: DeviceBuffer<u32>,
+    pub(super) tree_pages: DeviceBuffer<u32>,
 }
 
 /// Which token lies in which slot.
@@ -74,7 +79,13 @@ impl<E: DeviceElem> LayerMemory<E> {
                 key_scales: DeviceBuffer::zeros(device, sketched(bits[0]) * 16)?,
                 value_lines: DeviceBuffer::zeros(device, bits[1] * pages * dim / 2)?,
                 value_scales: DeviceBuffer::zeros(device, sketched(bits[1]) * 16)?,
-                masks: DeviceBuffer::zeros(device, sketched(bits[0]))?,
+                masks: DeviceBuffer::zeros(device, if plan.tree { pages } else { sketched(bits[0]) })?,
+                spreads: DeviceBuffer::zeros(device, if plan.tree && bits[0] == 0 { pages } else { 0 })?,
+                tokens: DeviceBuffer::zeros(device, if plan.tree { pages * 16 } else { 0 })?,
+                tree_pages: DeviceBuffer::zeros(
+                    device,
+                    if plan.tree { options.max_sequences * heads } else { 0 },
+                )?,
             },
             slots: SlotMemory {
                 row_of_token: DeviceBuffer::zeros(device, pages * 16)?,
@@ -98,6 +109,8 @@ impl<E: DeviceElem> LayerMemory<E> {
         let words = [
             &pages.key_lines,
             &pages.value_lines,
+            &pages.tokens,
+            &pages.tree_pages,
             &slots.row_of_token,
             &slots.token_of_row,
             &slots.used,
@@ -105,7 +118,7 @@ impl<E: DeviceElem> LayerMemory<E> {
         ];
         let beside = means * size_of::<E>()
             + words.map(|words| words.view().len() * 4).iter().sum::<usize>()
-            + pages.log_count.view().len() * 4
+            + (pages.log_count.view().len() + pages.spreads.view().len()) * 4
             + self.chunks.view().len() * 8
             + [&pages.key_scales, &pages.value_scales]
                 .map(|scales| scales.view().len() * 2)
@@ -118,21 +131,38 @@ impl<E: DeviceElem> LayerMemory<E> {
 
 impl<E: DeviceElem> PageMemory<E> {
     pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
-        Pages {
+        self.write_tree(signs).0
+    }
+
+    /// The pages, and what a list says of their places.
+    pub(super) fn write_tree<'a>(
+        &'a mut self,
+        signs: Option<&'a DeviceBuffer<f32>>,
+    ) -> (Pages<'a, E>, DevMut<'a, u32>) {
+        let tokens = self.tokens.view_mut();
+        let pages = Pages {
             mean_keys: self.mean_keys.view_mut(),
             mean_values: self.mean_values.view_mut(),
             log_count: self.log_count.view_mut(),
+            masks: some(&mut self.masks),
+            spreads: some(&mut self.spreads),
             sketch: signs.map(|signs| PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
                 key_scales: self.key_scales.view_mut(),
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
-                masks: self.masks.view_mut(),
                 signs: signs.view(),
             }),
-        }
+        };
+        (pages, tokens)
     }
+}
+
+/// A buffer that is there.
+fn some<T>(buffer: &mut DeviceBuffer<T>) -> Option<DevMut<'_, T>> {
+    let view = buffer.view_mut();
+    (!view.is_empty()).then_some(view)
 }
 
 impl SlotMemory {

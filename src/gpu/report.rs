@@ -19,6 +19,23 @@ pub struct GpuReport {
     pub bytes_fetched: u64,
     /// When a step is exact, in words.
     pub rule: String,
+    /// Work on the host's trees; `None` where pages are runs of tokens.
+    pub tree: Option<TreeReport>,
+}
+
+/// What was done to the trees of all layers.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TreeReport {
+    /// Threads that work on them.
+    pub threads: usize,
+    /// Batches of tokens that joined a tree: one a kv head for the prompt, then one for every sixteen tokens.
+    pub batches: u64,
+    /// Microseconds of all threads together.
+    pub worker_us: f64,
+    /// Pages that the device built or cleared.
+    pub pages_sent: u64,
+    /// Steps of a layer that waited for the threads: the first after a prompt, others only where the threads are too slow.
+    pub waits: u64,
 }
 
 impl GpuReport {

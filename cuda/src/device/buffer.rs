@@ -355,6 +355,17 @@ impl<T: Pod> PinnedBuffer<T> {
         unsafe { std::slice::from_raw_parts(self.host, self.len) }
     }
 
+    /// Copies elements from `start` on to `to`, without a claim on the others: the device may be writing those.
+    ///
+    /// # Errors
+    /// A range outside of the buffer.
+    pub fn read_at(&self, start: usize, to: &mut [T]) -> Result<(), DeviceError> {
+        check_range(&(start..start.saturating_add(to.len())), self.len)?;
+        // SAFETY: the range was checked and `to` is memory of somebody else.
+        unsafe { std::ptr::copy_nonoverlapping(self.host.add(start), to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
     /// The elements, on the host, writable.
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: `len` initialised elements, owned, borrowed mutably.

@@ -1,7 +1,7 @@
 //! Launcher of `cache_append`: the first kernel of a step.
 
 use super::{CacheParams, DeviceTensor, Tables};
-use crate::device::{DevMut, DeviceError, Launch, Stream, Together};
+use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream, Together};
 use crate::ops::{DeviceElem, word};
 
 /// Mirrors `floe::AppendStepParams`.
@@ -16,6 +16,7 @@ struct AppendStepParams {
     q_out: u64,
     ranges: [u64; 4],
     num_fetch: u64,
+    tree_pages: u64,
     fault: u64,
     q_type: u32,
     kv_type: u32,
@@ -52,6 +53,8 @@ pub struct AppendStep<'a, E> {
     pub ranges: Ranges<'a>,
     /// One word, becomes 0; device.
     pub num_fetch: DevMut<'a, u32>,
+    /// Pages of the tree of each kv head, [sequences, heads]; `None`: pages are runs of 16 tokens. Device.
+    pub tree_pages: Option<DevRef<'a, u32>>,
 }
 
 /// Stores the new token of every entry, on the device and in host memory, and readies queries and ranges.
@@ -81,6 +84,9 @@ pub fn append_step<E: DeviceElem>(
         range.check("ranges", items)?;
     }
     step.num_fetch.check("num_fetch", 1)?;
+    if let Some(pages) = step.tree_pages {
+        pages.check("tree_pages", tables.sequences.len() * shape.heads)?;
+    }
     let ([q0, q1], [k0, k1], [v0, v1]) = (step.q.strides_64(), step.k.strides_64(), step.v.strides_64());
     let params = AppendStepParams {
         cache: tables.params()?,
@@ -92,6 +98,7 @@ pub fn append_step<E: DeviceElem>(
         q_out: step.q_out.address(),
         ranges: ranges.map(|range| range.address()),
         num_fetch: step.num_fetch.address(),
+        tree_pages: step.tree_pages.map_or(0, |pages| pages.address()),
         fault: stream.device().fault_address(),
         q_type: step.q.dtype() as u32,
         kv_type: step.k.dtype() as u32,
