@@ -70,7 +70,7 @@ template <typename E, int D> __device__ __forceinline__ void tree_page(const Tre
         for (int l = 0; l < LINES; l++) shared.rows[0][token][32 * l + lane] = shared.rows[1][token][32 * l + lane] = 0;
     }
     if (lane == 0) p.tokens[uint64_t(at) * 16 + token] = lives ? (s.pages + head * s.pages_each) * 16 + position : NONE;
-    write_page<E, D>(p.out, shared, at, listed.live);
+    write_page<E, D>(p.out, shared, at, listed.live, true);
 }
 
 } // namespace floe

@@ -75,8 +75,10 @@ template <int LINES> __device__ __forceinline__ __half encode(const float (&x)[L
     return stored;
 }
 
-// Writes page `at`, whose rows are in `s.rows`: of its tokens those with a bit in `live` count, none stands for a page of 0.
-template <typename E, int D> __device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, uint32_t at, uint32_t live) {
+// Writes page `at`, whose tokens are those with a bit in `live`, their rows in `s.rows`; it stands for nothing without a token, or where
+// these do not count.
+template <typename E, int D>
+__device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, uint32_t at, uint32_t live, bool counts) {
     constexpr int LINES = D / 32;
     const uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32, count = __popc(live);
     const bool lives = live >> token & 1;
@@ -91,8 +93,8 @@ template <typename E, int D> __device__ __forceinline__ void write_page(const Pa
         s.mean[which][d] = wide(rounded);
     }
     if (threadIdx.x == 0) {
-        p.log_count[at] = count == 16 ? 2.772588722239781f : count ? logf(float(count)) : -INFINITY;
-        if (p.masks) p.masks[at] = uint16_t(live);
+        p.log_count[at] = counts && count ? logf(float(count)) : -INFINITY;
+        if (p.masks) p.masks[at] = counts ? uint16_t(live) : 0;
     }
     if (p.spreads) {
         __syncthreads();

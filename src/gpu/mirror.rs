@@ -116,7 +116,9 @@ impl Mirror {
 
     fn page(&self, page: u32, live: u32, ids: &[KeyId]) -> TreePage {
         let mut to = TreePage { page, head: self.head, live, ..TreePage::default() };
-        for (place, id) in to.ids.iter_mut().zip(ids).enumerate().filter(|(i, _)| live >> i & 1 == 1).map(|x| x.1) {
+        for (place, id) in
+            to.ids.iter_mut().zip(ids).enumerate().filter(|(i, _)| live >> i & 1 == 1).map(|x| x.1)
+        {
             *place = *id;
         }
         to
@@ -145,10 +147,14 @@ mod tests {
         }
 
         fn tokens(&self, used: u32) -> Vec<u32> {
-            let mut all: Vec<u32> = self.0.iter().flat_map(|(page, ids)| {
-                assert!(*page < used, "page {page} of {used}");
-                ids.clone()
-            }).collect();
+            let mut all: Vec<u32> = self
+                .0
+                .iter()
+                .flat_map(|(page, ids)| {
+                    assert!(*page < used, "page {page} of {used}");
+                    ids.clone()
+                })
+                .collect();
             all.sort_unstable();
             all
         }
@@ -156,7 +162,9 @@ mod tests {
 
     fn rows(ids: &[u32]) -> Vec<f32> {
         let noise = |x: u32| (f64::from(x).mul_add(12.9898, 4.1).sin() * 43_758.547).fract() as f32;
-        ids.iter().flat_map(|&id| (0..DIM as u32).map(move |d| noise(id * 31 + d) + noise(id % 7 * 5 + d))).collect()
+        ids.iter()
+            .flat_map(|&id| (0..DIM as u32).map(move |d| noise(id * 31 + d) + noise(id % 7 * 5 + d)))
+            .collect()
     }
 
     fn insert(index: &mut Dci, ids: std::ops::Range<u32>) {
@@ -168,7 +176,8 @@ mod tests {
 
     #[test]
     fn device_pages_hold_every_token_once_through_inserts_and_removals() {
-        let (mut index, mut mirror, mut held) = (Dci::new(DIM).unwrap(), Mirror::new(3, 4096), Held::default());
+        let (mut index, mut mirror, mut held) =
+            (Dci::new(DIM).unwrap(), Mirror::new(3, 4096), Held::default());
         let mut step = |index: &Dci, mirror: &mut Mirror, end: u32| {
             let mut pages = Vec::new();
             mirror.follow(index.pages().unwrap(), &mut pages).unwrap();

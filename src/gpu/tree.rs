@@ -225,7 +225,11 @@ impl TreeShard {
         let keys = self.keys::<E>(rows, fresh)?;
         // The device makes the summaries of values, from the rows: nobody asks this tree for them, and keys stand in.
         let batch = Batch { ids: &ids, keys: &keys, values: &keys };
-        if index.is_empty() { index.build(&batch)? } else { index.insert(&batch)? }
+        if index.is_empty() {
+            index.build(&batch)?
+        } else {
+            index.insert(&batch)?
+        }
         Ok(())
     }
 

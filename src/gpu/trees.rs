@@ -60,7 +60,12 @@ impl Trees {
             .build()
             .map_err(|error| Error::config("tree_threads", threads, error.to_string()))?;
         let listed = DeviceBuffer::zeros(device, LISTED)?;
-        Ok(Self { pool, open: HashMap::new(), listed, report: TreeReport { threads, ..TreeReport::default() } })
+        Ok(Self {
+            pool,
+            open: HashMap::new(),
+            listed,
+            report: TreeReport { threads, ..TreeReport::default() },
+        })
     }
 
     /// Waits for the workers and forgets a sequence.

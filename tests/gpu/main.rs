@@ -4,4 +4,5 @@
 
 mod lifetime;
 mod trace;
+mod trees;
 mod world;

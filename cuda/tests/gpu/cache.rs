@@ -19,19 +19,19 @@ const CHUNKS: usize = 6;
 const TOKENS: usize = CHUNKS * CHUNK_ROWS;
 
 /// One layer with two sequences, the first dense, the second with slots; device memory beside the twin.
-struct World<E: DeviceElem> {
-    rig: &'static Rig,
-    twin: HostCache<E>,
+pub struct World<E: DeviceElem> {
+    pub rig: &'static Rig,
+    pub twin: HostCache<E>,
     host: Vec<PinnedBuffer<E>>,
-    batch: DeviceBuffer<BatchEntry>,
-    sequences: DeviceBuffer<SequencePlace>,
-    chunks: DeviceBuffer<u64>,
-    kv: DeviceBuffer<E>,
-    random: Random,
+    pub batch: DeviceBuffer<BatchEntry>,
+    pub sequences: DeviceBuffer<SequencePlace>,
+    pub chunks: DeviceBuffer<u64>,
+    pub kv: DeviceBuffer<E>,
+    pub random: Random,
 }
 
 impl<E: DeviceElem> World<E> {
-    fn new(shape: CacheShape, slots: usize) -> Self {
+    pub fn new(shape: CacheShape, slots: usize) -> Self {
         let rig = rig();
         let pages_each = TOKENS / 16;
         let slot_rows = shape.sinks + shape.ring + slots;
@@ -76,7 +76,7 @@ impl<E: DeviceElem> World<E> {
     }
 
     /// A prompt piece: pages before it is stored, from the rows and the run.
-    fn prefill(&mut self, sequence: usize, first: usize, run: usize, pages: Option<&mut PageBuffers<E>>) {
+    pub fn prefill(&mut self, sequence: usize, first: usize, run: usize, pages: Option<&mut PageBuffers<E>>) {
         let shape = self.twin.shape;
         let (k, v) =
             (self.elems(run * shape.heads * shape.head_dim), self.elems(run * shape.heads * shape.head_dim));
@@ -142,23 +142,23 @@ fn tensor<E: DeviceElem>(buffer: &DeviceBuffer<E>, shape: [usize; 3]) -> DeviceT
 }
 
 /// Pages of all sequences.
-struct PageBuffers<E> {
+pub struct PageBuffers<E> {
     bits: [usize; 2],
-    mean_keys: DeviceBuffer<E>,
-    mean_values: DeviceBuffer<E>,
-    log_count: DeviceBuffer<f32>,
-    key_lines: DeviceBuffer<u32>,
-    key_scales: DeviceBuffer<f16>,
-    value_lines: DeviceBuffer<u32>,
-    value_scales: DeviceBuffer<f16>,
-    masks: DeviceBuffer<u16>,
+    pub mean_keys: DeviceBuffer<E>,
+    pub mean_values: DeviceBuffer<E>,
+    pub log_count: DeviceBuffer<f32>,
+    pub key_lines: DeviceBuffer<u32>,
+    pub key_scales: DeviceBuffer<f16>,
+    pub value_lines: DeviceBuffer<u32>,
+    pub value_scales: DeviceBuffer<f16>,
+    pub masks: DeviceBuffer<u16>,
     signs: DeviceBuffer<f32>,
     host_signs: Vec<f32>,
     built: usize,
 }
 
 impl<E: DeviceElem> PageBuffers<E> {
-    fn new(rig: &Rig, pages: usize, d: usize, bits: [usize; 2]) -> Self {
+    pub fn new(rig: &Rig, pages: usize, d: usize, bits: [usize; 2]) -> Self {
         let device = &rig.device;
         let host_signs: Vec<f32> =
             (0..d).map(|i| if i * i % 7 < 3 { 1.0 } else { -1.0 } / (d as f32).sqrt()).collect();
@@ -179,18 +179,19 @@ impl<E: DeviceElem> PageBuffers<E> {
         }
     }
 
-    fn pages(&mut self) -> Pages<'_, E> {
+    pub fn pages(&mut self) -> Pages<'_, E> {
         Pages {
             mean_keys: self.mean_keys.view_mut(),
             mean_values: self.mean_values.view_mut(),
             log_count: self.log_count.view_mut(),
+            masks: Some(self.masks.view_mut()),
+            spreads: None,
             sketch: Some(PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
                 key_scales: self.key_scales.view_mut(),
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
-                masks: self.masks.view_mut(),
                 signs: self.signs.view(),
             }),
         }
@@ -253,7 +254,7 @@ impl<E: DeviceElem> PageBuffers<E> {
     }
 }
 
-fn shape(heads: usize, group: usize, head_dim: usize) -> CacheShape {
+pub fn shape(heads: usize, group: usize, head_dim: usize) -> CacheShape {
     CacheShape { heads, group, head_dim, sinks: 16, window: 64, ring: 128 }
 }
 
@@ -358,6 +359,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 row_end: row_end.view_mut(),
             },
             num_fetch: num_fetch.view_mut(),
+            tree_pages: None,
         };
         append_step(&rig.stream, &tables, append).unwrap();
         // Tokens that move slowly, so that some are found again.
