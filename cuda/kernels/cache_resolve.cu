@@ -13,6 +13,7 @@ constexpr uint32_t RESOLVE_THREADS = 512, SLOTS_AT_ONCE = 8192, AGES = 1024, RET
 // Mirrored by `ops::cache::resolve::ResolveParams`.
 struct ResolveParams {
     Cache cache;
+    const uint32_t *row_first, *row_end;     // [items] not empty: the item attends these rows and nothing else
     const uint32_t *found_first, *found_end; // [items] into `found`
     const uint32_t *found;  // units: tokens as 16 page + place in the page, or pages
     uint32_t *row_of_token; // [16 pages] row or NONE
@@ -67,7 +68,7 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
     const uint32_t item = blockIdx.x, head = item % c.heads, tid = threadIdx.x;
     const BatchEntry e = c.batch[item / c.heads];
     const uint32_t list = item * p.list_each;
-    if (e.tokens == 0 || e.exact) {
+    if (e.tokens == 0 || p.row_end[item] > p.row_first[item]) {
         if (tid == 0) p.list_end[item] = list;
         return;
     }

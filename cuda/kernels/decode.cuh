@@ -1,4 +1,5 @@
-// Split-KV attention of one query group per item, over pages, rows or a contiguous range; see DecodeParams.
+// Split-KV attention of one query group per item, over pages, rows, a contiguous range, or all rows wherever they lie; see
+// DecodeParams.
 //
 // One thread block takes one split of one item; its warps take the split's tiles in turn, each with a private ring of
 // asynchronous copies, so that the loop has no block barrier. The group's query heads are the 16 rows of the tensor-core
@@ -38,12 +39,15 @@ struct DecodeParams {
     const float *join_out;   // [items, group, D] a state of other tokens, merged into the result; null = none
     const float *join_lse;   // [items, group]
     uint32_t late;           // 1: all but the state to join was there before the kernel launched just before this one
+    uint32_t heads;          // whole: kv heads of a chunk
+    const uint64_t *const *warm; // whole: [items] chunks that hold the item's rows, host-mapped [heads, 256, 2, D] E each, or null = in kv
 };
 
 constexpr uint32_t RESIDENT = 0xffffffffu;
 constexpr uint32_t HOST_ENTRY = 0x80000000u; // of an entry of a list: the rest is a row or page of `host`
+constexpr uint32_t WARM_ROWS = 256;          // of a kv head in a chunk, as in cache.cuh
 
-enum class Source { Range, Pages, Rows, Fetch };
+enum class Source { Range, Pages, Rows, Fetch, Whole };
 
 // Warps of a block and stages of a warp's ring: 96 KiB of shared memory a block, so that two fit on a multiprocessor. Where a warp has
 // fewer tiles than stages the ring is as short, so that other kernels fit beside.
@@ -56,6 +60,7 @@ struct TileSource {
     uint32_t entry;  // slot, first row of the range, or (Rows) this lane's row: lane r % 16 holds row r of the tile
     uint32_t mask;   // bit r = row r is attended
     uint32_t host;   // Fetch: page in host memory or RESIDENT
+    const char *rows; // Whole: the first row
 };
 
 template <typename E, int D, Source S> struct Decode {
@@ -71,10 +76,12 @@ template <typename E, int D, Source S> struct Decode {
     const DecodeParams &p;
     uint32_t first, count; // entries or rows of the item
     int lane;
+    const uint64_t *chunks = nullptr; // Whole: of the item, or null
+    uint32_t kv_head = 0;
 
     // Where tile `t` of the item lies.
     __device__ __forceinline__ TileSource locate(uint32_t t) const {
-        TileSource s{0, 0xffffu, RESIDENT};
+        TileSource s{0, 0xffffu, RESIDENT, nullptr};
         if constexpr (S == Source::Pages || S == Source::Fetch) {
             s.entry = p.entries[first + t];
             if (p.masks) s.mask = p.masks[first + t];
@@ -82,8 +89,13 @@ template <typename E, int D, Source S> struct Decode {
         } else {
             const uint32_t at = t * TILE_ROWS, left = count - at;
             if (left < TILE_ROWS) s.mask = (1u << left) - 1;
-            if constexpr (S == Source::Range) {
+            if constexpr (S == Source::Range || S == Source::Whole) {
                 s.entry = first + at;
+                if constexpr (S == Source::Whole) {
+                    // Sixteen rows of a chunk follow one another.
+                    if (chunks) s.rows = reinterpret_cast<const char *>(chunks[at / WARM_ROWS]) + uint64_t(kv_head * WARM_ROWS + at % WARM_ROWS) * ROW_BYTES;
+                    else s.rows = static_cast<const char *>(p.kv) + uint64_t(s.entry) * ROW_BYTES;
+                }
             } else {
                 const uint32_t row = min(uint32_t(lane) % TILE_ROWS, left - 1);
                 s.entry = p.entries[first + at + row];
@@ -100,7 +112,9 @@ template <typename E, int D, Source S> struct Decode {
             const uint32_t bad = __ballot_sync(~0u, host ? (s.entry & ~HOST_ENTRY) >= p.num_host : s.entry >= p.num_rows) & 0xffffu;
             s.mask &= ~bad;
             outside = bad != 0;
-        } else if constexpr (S == Source::Range) {
+        } else if constexpr (S == Source::Range || S == Source::Whole) {
+            // The chunks of an item hold all of its tokens.
+            if (S == Source::Whole && chunks) return;
             const uint32_t left = p.num_rows > s.entry ? p.num_rows - s.entry : 0;
             const uint32_t inside = left >= TILE_ROWS ? 0xffffu : (1u << left) - 1;
             outside = (s.mask & ~inside) != 0;
@@ -124,6 +138,7 @@ template <typename E, int D, Source S> struct Decode {
         }
         if constexpr (S == Source::Fetch) base += uint64_t(s.entry) * TILE_BYTES;
         if constexpr (S == Source::Range) base += uint64_t(s.entry) * ROW_BYTES;
+        if constexpr (S == Source::Whole) base = s.rows;
         if constexpr (S == Source::Fetch) {
             if (s.host != RESIDENT) {
                 base = static_cast<const char *>(p.host) + uint64_t(s.host) * TILE_BYTES;
@@ -201,7 +216,9 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
     first = p.first[item];
     const uint32_t end = p.end[item];
     count = end > first ? end - first : 0;
-    if (S != Source::Range && end > p.num_entries && count) {
+    if constexpr (S == Source::Whole) chunks = p.warm[item], kv_head = item % p.heads;
+    constexpr bool LISTED = S != Source::Range && S != Source::Whole;
+    if (LISTED && end > p.num_entries && count) {
         if (threadIdx.x == 0) *p.fault = 1;
         count = 0;
     }

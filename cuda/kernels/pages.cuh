@@ -18,7 +18,7 @@ struct PageOut {
     __half *value_scales;    // [pages, 16]
     uint16_t *masks;         // [pages], or null
     const float *signs;      // [D]
-    float *spreads;          // [pages] mean squared deviation of a coordinate of the keys from their mean, or null
+    float *spread;           // [pages] mean square of a coordinate of the key residuals, with key bits as of 16 tokens in any case; or null
     uint32_t key_bits, value_bits; // 0, 1 or 2
 };
 
@@ -96,7 +96,7 @@ __device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, u
         p.log_count[at] = counts && count ? logf(float(count)) : -INFINITY;
         if (p.masks) p.masks[at] = counts ? uint16_t(live) : 0;
     }
-    if (p.spreads) {
+    if (p.spread) {
         __syncthreads();
         float square = 0;
 #pragma unroll
@@ -111,7 +111,7 @@ __device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, u
             float sum = 0;
 #pragma unroll
             for (int t = 0; t < 16; t++) sum += s.spread[t];
-            p.spreads[at] = count ? sum / float(count * D) : 0;
+            p.spread[at] = sum / float((p.key_bits ? 16 : max(count, 1u)) * D);
         }
     }
     if (D == 96 || p.key_bits + p.value_bits == 0) return;

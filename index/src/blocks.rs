@@ -4,6 +4,8 @@
 //! one 512-bit register holds four dimensions of all 16 entries and no horizontal sum is ever needed; values are stored
 //! row by row, as the tail reads them. Entry `e` lies in block `e / 16`, lane `e % 16`. An entry with count 0 is empty.
 
+use half::bf16;
+
 use crate::error::IndexError;
 use crate::grow::grow_by;
 use crate::index::MAX_DIM;
@@ -27,6 +29,8 @@ pub(crate) struct Blocks {
     pub key_norm: Vec<f32>,
     /// `[blocks * 16]` mean squared deviation of a coordinate of the tokens' keys from the mean.
     pub spread: Vec<f32>,
+    /// `[blocks * 16]` the same of the token that deviates most.
+    pub reach: Vec<bf16>,
     /// `[blocks * 16, dim]`
     pub value_codes: Vec<i8>,
     /// `[blocks * 16]`
@@ -60,6 +64,7 @@ impl Blocks {
         grow_by(&mut self.key_scale, entries, 0.0);
         grow_by(&mut self.key_norm, entries, 0.0);
         grow_by(&mut self.spread, entries, 0.0);
+        grow_by(&mut self.reach, entries, bf16::ZERO);
         grow_by(&mut self.value_codes, entries * self.dim, 0);
         grow_by(&mut self.value_scale, entries, 0.0);
         grow_by(&mut self.count, entries, 0);
@@ -84,7 +89,13 @@ impl Blocks {
         let entries = Self::entries(block);
         prefetch(&self.key_scale[entries.clone()]);
         prefetch(&self.spread[entries.clone()]);
+        prefetch(&self.reach[entries.clone()]);
         prefetch(&self.count[entries]);
+    }
+
+    /// Reach `[16]` of a block's entries.
+    pub fn block_reach(&self, block: usize) -> [f32; LANES] {
+        std::array::from_fn(|lane| self.reach[block * LANES + lane].to_f32())
     }
 
     /// Value codes `[16, dim]` of a block.
@@ -113,6 +124,7 @@ impl Blocks {
         }
         self.key_norm[entry] = self.norm_of(entry);
         self.spread[entry] = summary.spread;
+        self.reach[entry] = bf16::from_f32(summary.reach);
         self.count[entry] = summary.count;
         self.child[entry] = summary.child;
     }
@@ -133,6 +145,7 @@ impl Blocks {
         self.key_scale[entry] = 0.0;
         self.key_norm[entry] = 0.0;
         self.spread[entry] = 0.0;
+        self.reach[entry] = bf16::ZERO;
         self.value_scale[entry] = 0.0;
         self.count[entry] = 0;
         self.child[entry] = u32::MAX;
@@ -150,6 +163,7 @@ impl Blocks {
         self.key_scale[to] = self.key_scale[from];
         self.key_norm[to] = self.key_norm[from];
         self.spread[to] = self.spread[from];
+        self.reach[to] = self.reach[from];
         self.value_scale[to] = self.value_scale[from];
         self.count[to] = self.count[from];
         self.child[to] = self.child[from];
@@ -179,6 +193,7 @@ impl Blocks {
         to.bytes(&self.key_codes);
         to.f32s(&self.key_scale);
         to.f32s(&self.spread);
+        to.u16s(&self.reach.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
         to.signed(&self.value_codes);
         to.f32s(&self.value_scale);
         to.u32s(&self.count);
@@ -194,6 +209,8 @@ impl Blocks {
         blocks.key_codes = from.take(num_blocks * blocks.key_stride())?.to_vec();
         blocks.key_scale = from.f32s(entries)?;
         blocks.spread = from.f32s(entries)?;
+        blocks.reach = from.u16s(entries)?.into_iter().map(bf16::from_bits).collect();
+        from.check(blocks.reach.iter().all(|x| x.is_finite()), "a number is not finite")?;
         blocks.value_codes = from.signed(entries * dim)?;
         blocks.value_scale = from.f32s(entries)?;
         blocks.count = from.u32s(entries)?;
@@ -221,6 +238,7 @@ impl Blocks {
     pub fn size_bytes(&self) -> usize {
         self.key_codes.capacity()
             + self.value_codes.capacity()
+            + 2 * self.reach.capacity()
             + 4 * (self.key_scale.capacity()
                 + self.key_norm.capacity()
                 + self.spread.capacity()
@@ -239,6 +257,8 @@ pub(crate) struct Summary<'a> {
     pub value: &'a [f32],
     /// See `Blocks::spread`.
     pub spread: f32,
+    /// See `Blocks::reach`.
+    pub reach: f32,
     /// Tokens it stands for.
     pub count: u32,
     /// Page, block or token id.

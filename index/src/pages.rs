@@ -109,13 +109,13 @@ impl Pages {
         mean_into(members.keys, dim, key);
         mean_into(members.values, dim, value);
         let count = members.ids.len() as u32;
-        let spread = members
-            .keys
-            .chunks_exact(dim)
-            .flat_map(|row| row.iter().zip(key.iter()).map(|(x, m)| (x - m) * (x - m)))
-            .sum::<f32>()
-            / members.keys.len() as f32;
-        self.blocks.set(entry, Summary { key, value, spread, count, child: page as u32 });
+        let (mut spread, mut reach) = (0.0f32, 0.0f32);
+        for row in members.keys.chunks_exact(dim) {
+            let square = row.iter().zip(key.iter()).map(|(x, m)| (x - m) * (x - m)).sum::<f32>() / dim as f32;
+            spread += square / count as f32;
+            reach = reach.max(square);
+        }
+        self.blocks.set(entry, Summary { key, value, spread, reach, count, child: page as u32 });
         self.entry_of[page] = entry as u32;
         self.live[page] = ((1u32 << count) - 1) as u16;
         self.encode(page, entry, members);
@@ -157,7 +157,7 @@ impl Pages {
         if self.num_young == self.young.count.len() {
             self.young.add_blocks(1);
         }
-        self.young.set(self.num_young, Summary { key, value, spread: 0.0, count: 1, child: id });
+        self.young.set(self.num_young, Summary { key, value, spread: 0.0, reach: 0.0, count: 1, child: id });
         self.map.set(id, Place::Young(self.num_young));
         self.num_young += 1;
         self.stamp += 1;

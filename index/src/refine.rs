@@ -9,12 +9,13 @@ use crate::simd::dense;
 use crate::simd::pairs::{self as kernels, Lift, Limits, RISE_MAX};
 use crate::simd::vectorise::add;
 
-/// Share of the variance of an entry's logits by which the log mass that it may hold exceeds its own estimate: where tokens differ,
-/// the estimate is worst. Beside the 0.33 of the estimate itself, 0 to 0.6 gave equal errors on recorded traces, which hold few
-/// lone outliers. A needle is one: with 0.3, four questions to SmolLM2-135M at 7K tokens (some 6,000 steps of a shard) had three errors above
-/// .3, one of .93 at a token with 98 % of a head's mass (next-token KL .27 whatever the codes); with 1.0 none above .25. The
-/// program's processor time rose from 4.22 to 4.26 s; the search alone was not timed.
-pub(crate) const MASS_SPREAD: f32 = 1.0;
+/// What the log mass that an entry may hold exceeds its own estimate by, per unit of `|q|^2 scale^2 * reach`: a lone token far from
+/// the mean may hold a head's whole mass and hardly move mean and variance of its page.
+///
+/// A needle is such a token. 51 questions for one of many pairs to SmolLM2-135M at 7.9K tokens, 256 attended, next-token KL to Full-KV
+/// (largest of a question), page-head pairs told apart of 1,630: 0.1 .039 (1.6), 186; 0.2 .0029 (.02), 238; 0.3 .0024 (.02), 308. By the
+/// page's variance instead: 0.3 .034 (1.6), 233; 1.0 .0022 (.02), 573.
+pub(crate) const REACH: f32 = 0.25;
 
 impl Pass<'_> {
     /// Replaces pages that hold a visible share of a head's mass by their tokens, scored by their codes, and brings `norm` up to date.
@@ -100,7 +101,7 @@ impl Pass<'_> {
         limit.clear();
         limit.extend(norm.iter().map(|norm| norm + threshold));
         boost.clear();
-        boost.extend(quant.spread.iter().map(|by| by * (MASS_SPREAD / NODE_SPREAD)));
+        boost.extend(quant.spread.iter().map(|by| by * (REACH / NODE_SPREAD)));
         masks.resize(group, 0);
         sums.clear();
         sums.resize(group * LANES, 0.0);
@@ -113,7 +114,7 @@ impl Pass<'_> {
             }
             let part = dense::Part { logits: &logits[at * group * LANES..(at + 1) * group * LANES], rest };
             let entries = Blocks::entries(block as usize);
-            let limits = Limits { limit, boost, spread: &self.pages.blocks.spread[entries.clone()] };
+            let limits = Limits { limit, boost, reach: &self.pages.blocks.block_reach(block as usize) };
             let mut lanes = kernels::above(self.isa, part, limits, masks, (exps, sums));
             while lanes != 0 {
                 let lane = lanes.trailing_zeros() as usize;

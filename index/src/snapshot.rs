@@ -9,7 +9,7 @@
 use crate::error::IndexError;
 
 /// Layout of the body; older ones are refused by name.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const MAGIC: [u8; 7] = *b"floeidx";
 
 /// Which implementation wrote the bytes.

@@ -23,6 +23,7 @@ parser.add_argument("--policies", nargs="+", default=["floe:256", "floe:1024", "
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 parser.add_argument("--chunk", type=int, default=2048, help="tokens of one forward pass of the prompt")
+parser.add_argument("--sparse-tokens", type=int, default=1, help="64: the questions, too, as the policy says")
 parser.add_argument("--json", type=Path, help="where to write the results")
 args = parser.parse_args()
 
@@ -33,35 +34,38 @@ tokenizer = AutoTokenizer.from_pretrained(folder, **name)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), **name).to(args.device).eval()
 enable(model)
 
-# %% A prompt: a novel with a sentence to remember after every eighth of it.
-NEEDLES = {
-    "old library": "7394182",
-    "stone bridge": "5108267",
-    "north tower": "9462035",
-    "river mill": "2871946",
-    "green chapel": "6035718",
-    "salt harbour": "8219453",
-    "east orchard": "1647390",
-}
-SENTENCE = "\n\nThe secret passkey of the {} is {}. Remember it: the passkey of the {} is {}.\n\n"
-QUESTION = "\n\nQuestion: What is the secret passkey of the {}?\nAnswer: The secret passkey of the {} is"
-
-novel = tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
-sentences = [
-    tokenizer(SENTENCE.format(place, key, place, key), add_special_tokens=False).input_ids
-    for place, key in NEEDLES.items()
+# %% A prompt: a novel with a sentence to remember in every gap.
+#: Sentence, what a question repeats of it before the model goes on, what it has to go on with.
+NEEDLES = [
+    ("The secret passkey of the old library is", "7394182"),
+    ("The stone bridge was painted in the colour", "turquoise"),
+    ("The keeper of the north tower is a man called", "Balthasar Quill"),
+    ("The river mill burnt down in the year", "1764"),
+    ("The number of silver bells in the green chapel is", "58"),
+    ("The dog of the harbour master is called", "Pepperdine"),
+    ("The telephone number of the east orchard is", "551 9036"),
+    ("The treasure of the west cellar lies under the marble", "fountain"),
+    ("The favourite dish of the ferryman is", "roasted parsnips"),
+    ("The password of the night watch is", "crimson falcon"),
 ]
+NOTE = "\n\nRemember this: {0} {1}. Once more: {0} {1}.\n\n"
+QUESTION = "\n\nQuestion: complete the sentence to be remembered.\nAnswer: {0}"
+
+
+def tokens(text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+novel = tokens(args.text.read_text(encoding="utf-8"))
+sentences = [tokens(NOTE.format(*needle)) for needle in NEEDLES]
 piece = (args.tokens - sum(map(len, sentences))) // (len(sentences) + 1)
 prompt: list[int] = []
 for i, sentence in enumerate([*sentences, []]):
     prompt += novel[i * piece : (i + 1) * piece] + sentence
 prompt_ids = torch.tensor([prompt], device=args.device)
-questions = {
-    place: torch.tensor(
-        [tokenizer(QUESTION.format(place, place), add_special_tokens=False).input_ids], device=args.device
-    )
-    for place in NEEDLES
-}
+questions = [torch.tensor([tokens(QUESTION.format(start))], device=args.device) for start, _ in NEEDLES]
+#: What the novel goes on with.
+story = torch.tensor([novel[len(NEEDLES) * piece + piece :][:64]], device=args.device)
 
 
 # %% Reading and asking.
@@ -88,7 +92,7 @@ def answer(cache, logits, num_tokens=9):
 
 
 def row_of(label, answers, times, **more):
-    right = sum(key in text for key, text in zip(NEEDLES.values(), answers))
+    right = sum(key in text for (_, key), text in zip(NEEDLES, answers))
     row = {"cache": label, "right": right, "of": len(NEEDLES), "token_ms": 1000 * sorted(times)[len(times) // 2]}
     row |= more | {"answers": answers}
     print(json.dumps(row), flush=True)
@@ -98,7 +102,7 @@ def row_of(label, answers, times, **more):
 def ask_in_turn(cache):
     """One cache answers every question: what a question added is cropped off again."""
     answers, times = [], []
-    for question in questions.values():
+    for question in questions:
         text, took = answer(cache, read(cache, question, args.chunk))
         answers.append(text)
         times += took
@@ -106,21 +110,28 @@ def ask_in_turn(cache):
     return answers, times
 
 
-def counts(cache):
-    metrics = cache.metrics()[0]
-    return metrics["kv_bytes_read"] + metrics["index_bytes_read"], metrics["full_kv_bytes"]
-
-
 @torch.inference_mode()
-def hit_rate_of_reading(cache, num_tokens=64):
-    """Share of retrieved rows that lay on the device already, while the novel goes on."""
-    story = torch.tensor([novel[len(NEEDLES) * piece :][:num_tokens]], device=args.device)
-    before = cache.metrics()[0]
+def go_on(cache):
+    """Seconds of each token of the story behind the prompt, and what the cache counted meanwhile."""
+    before, times = counts(cache), []
     for token in story.split(1, dim=1):
-        model(input_ids=token, past_key_values=cache, use_cache=True)
-    after = cache.metrics()[0]
-    requests, hits = (after[name] - before[name] for name in ("hot_requests", "hot_hits"))
-    return hits / requests if requests else None
+        start = time.perf_counter()
+        model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1, 0].item()
+        times.append(time.perf_counter() - start)
+    cache.crop(-story.shape[1])
+    return times, {name: value - before[name] for name, value in counts(cache).items()}
+
+
+def counts(cache):
+    metrics = cache.metrics()[0] if isinstance(cache, FloeCache) else {}
+    return {name: value for name, value in metrics.items() if isinstance(value, int)}
+
+
+def floe(spec):
+    """An empty cache of POLICY:BUDGET."""
+    policy, _, budget = spec.rpartition(":")
+    room = {} if args.device == "cpu" else {"max_tokens": (len(prompt) + 128 + 255) // 256 * 256}
+    return FloeCache(model.config, policy, int(budget), sparse_tokens=args.sparse_tokens, **room)
 
 
 # %% The full cache of transformers.
@@ -128,35 +139,43 @@ start = time.perf_counter()
 full = DynamicCache(config=model.config)
 read(full, prompt_ids, args.chunk)
 print(f"{len(prompt)} tokens read in {time.perf_counter() - start:.1f} s", flush=True)
-rows = [row_of("DynamicCache", *ask_in_turn(full))]
-del full
+answers, _ = ask_in_turn(full)
+rows = [row_of("DynamicCache", answers, go_on(full)[0])]
 
 # %% floe. On the CPU one cache reads once and answers under each policy in turn.
 if args.device == "cpu":
-    cache = FloeCache(model.config, policy="full")
+    cache = floe("full:256")
     read(cache, prompt_ids, args.chunk)
     for spec in ["full:256", *args.policies]:
         policy, _, budget = spec.rpartition(":")
         cache.set_policy(policy, int(budget))
-        own, whole = counts(cache)
-        answers, times = ask_in_turn(cache)
-        own, whole = (after - before for after, before in zip(counts(cache), (own, whole)))
-        rows.append(row_of(spec, answers, times, read_share=own / whole))
+        answers, _ = ask_in_turn(cache)
+        times, seen = go_on(cache)
+        share = (seen["kv_bytes_read"] + seen["index_bytes_read"]) / seen["full_kv_bytes"]
+        rows.append(row_of(spec, answers, times, read_share=share))
 
-# %% On a CUDA device, where memory is laid out for one policy, each question is read with its prompt.
+# %% On a CUDA device memory is laid out for one policy, so each reads for itself; times in two rounds, in turns with the full cache.
 else:
     for spec in args.policies:
-        policy, _, budget = spec.rpartition(":")
-        answers, times = [], []
-        for question in questions.values():
-            ids = torch.cat([prompt_ids, question], dim=1)
-            cache = FloeCache(model.config, policy, int(budget), max_tokens=(ids.shape[1] + 80 + 255) // 256 * 256)
-            text, took = answer(cache, read(cache, ids, ids.shape[1]))
-            answers.append(text)
-            times += took
-        rows.append(row_of(spec, answers, times, **cache.memory(), hit_rate=hit_rate_of_reading(cache)))
+        cache = floe(spec)
+        start = time.perf_counter()
+        read(cache, prompt_ids, args.chunk)
+        more = {"read_s": time.perf_counter() - start}
+        answers, _ = ask_in_turn(cache)
+        for number in (1, 2):
+            more[f"full_ms_{number}"] = 1000 * sorted(go_on(full)[0])[story.shape[1] // 2]
+            times, seen = go_on(cache)
+            more[f"token_ms_{number}"] = 1000 * sorted(times)[len(times) // 2]
+        more["hit_rate"] = seen["hot_hits"] / max(1, seen["hot_requests"])
+        more["bytes_a_token"] = seen["bytes_moved"] / len(times)
+        more["full_kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+        rows.append(row_of(spec, answers, times, **more, **cache.memory(), counts=counts(cache)))
+        del cache
 
 # %% Results.
+same = [[a.strip() == b.strip() for a, b in zip(row["answers"], rows[0]["answers"])] for row in rows[1:]]
+for row, equal in zip(rows[1:], same):
+    print(f"{row['cache']}: {row['right']} of {row['of']} right, {sum(equal)} answers as DynamicCache's", flush=True)
 if args.json:
     document = {"model": args.model.name, "tokens": len(prompt), "dtype": args.dtype, "rows": rows}
     args.json.write_text(json.dumps(document, indent=1))

@@ -192,6 +192,11 @@ class CudaEngine:
         """Opens an empty sequence; its number."""
     def prefill(self, sequence: int, layer: int, k: SupportsDlpack, v: SupportsDlpack, *, stream: int) -> None:
         """Appends keys and values [tokens, num_kv_heads, head_dim] of a prompt."""
+    def gather(
+        self, sequence: int, layer: int, first: int, k: SupportsDlpack, v: SupportsDlpack, *, stream: int
+    ) -> None:
+        """Copies stored keys and values from position `first` on, as many as `k` and `v` [tokens, num_kv_heads, head_dim] hold: of
+        the cache's own type, rows at multiples of 16 bytes. What is not on the device comes over the link."""
     def attend(
         self,
         layer: int,
@@ -208,6 +213,18 @@ class CudaEngine:
         heads. `out` receives [n, num_q_heads, head_dim] in its own type."""
     def truncate(self, sequence: int, num_tokens: int, stream: int) -> None:
         """Forgets the tokens at and after `num_tokens`."""
+    def fork(self, sequence: int, stream: int) -> int:
+        """Opens a sequence with the contents of another; its number. Complete chunks of 256 tokens in host memory are shared.
+        Waits for the device."""
+    def save(self, sequence: int, path: StrPath) -> int:
+        """Writes a sequence to a file, whole or not at all; its bytes. `Engine.restore` reads it too. Waits for the device."""
+    def restore(self, path: StrPath, stream: int) -> int:
+        """Opens a sequence from a file that `save` or `Sequence.save` wrote; its number.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is damaged, or holds another model's shape.
+        """
     def close(self, sequence: int) -> None:
         """Frees a sequence; waits for the device."""
     def num_tokens(self, sequence: int, layer: int) -> int:

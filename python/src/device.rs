@@ -1,5 +1,7 @@
 //! `floe._floe.CudaEngine`: the engine on a CUDA device, for tensors of a host engine on the same device.
 
+use std::path::PathBuf;
+
 use floe::gpu::{Device, DeviceElem, GpuEngine, GpuOptions, LayerStep};
 use floe::{Config, HeadShape, HotConfig, KvDtype, LayerId, Policy, SeqId};
 use half::{bf16, f16};
@@ -40,6 +42,11 @@ impl State {
     fn sequence(&self, number: usize) -> PyResult<SeqId> {
         let open = self.sequences.get(number).copied().flatten();
         open.ok_or_else(|| PyValueError::new_err(format!("sequence #{number} is not open")))
+    }
+
+    fn insert(&mut self, id: SeqId) -> usize {
+        self.sequences.push(Some(id));
+        self.sequences.len() - 1
     }
 }
 
@@ -116,8 +123,7 @@ impl PyCudaEngine {
         py.detach(|| {
             let mut state = self.state.lock();
             let id = of_either!(&mut state.engine, engine => engine.admit(None))?;
-            state.sequences.push(Some(id));
-            Ok::<_, floe::Error>(state.sequences.len() - 1)
+            Ok::<_, floe::Error>(state.insert(id))
         })
         .or_py_err()
     }
@@ -141,6 +147,31 @@ impl PyCudaEngine {
             let id = state.sequence(sequence)?;
             let stream = place.1.borrow(&self.device);
             of_either!(&mut state.engine, engine => engine.prefill(id, LayerId(layer), (&k, &v), &stream))
+                .or_py_err()
+        })
+    }
+
+    /// Copies stored keys and values from position `first` on, as many as the tensors hold; queued on `stream`.
+    #[pyo3(signature = (sequence, layer, first, k, v, *, stream))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    fn gather(
+        &self,
+        py: Python<'_>,
+        sequence: usize,
+        layer: usize,
+        first: usize,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        stream: usize,
+    ) -> PyResult<()> {
+        let place = (self.ordinal, HostStream(stream));
+        let (k, v) = (CudaTensor::import("k", k, place)?, CudaTensor::import("v", v, place)?);
+        let (k, v) = (k.get(), v.get());
+        py.detach(|| {
+            let state = self.state.lock();
+            let id = state.sequence(sequence)?;
+            let stream = place.1.borrow(&self.device);
+            of_either!(&state.engine, engine => engine.gather(id, LayerId(layer), first, (&k, &v), &stream))
                 .or_py_err()
         })
     }
@@ -187,6 +218,37 @@ impl PyCudaEngine {
             let id = state.sequence(sequence)?;
             let stream = HostStream(stream).borrow(&self.device);
             of_either!(&mut state.engine, engine => engine.truncate(id, num_tokens, &stream)).or_py_err()
+        })
+    }
+
+    /// Opens a sequence with the contents of another; its number. Waits for the device; copies are queued on `stream`.
+    fn fork(&self, py: Python<'_>, sequence: usize, stream: usize) -> PyResult<usize> {
+        py.detach(|| {
+            let mut state = self.state.lock();
+            let id = state.sequence(sequence)?;
+            let stream = HostStream(stream).borrow(&self.device);
+            let fork = of_either!(&mut state.engine, engine => engine.fork(id, &stream)).or_py_err()?;
+            Ok(state.insert(fork))
+        })
+    }
+
+    /// Writes a sequence to a file, whole or not at all; its bytes. Waits for the device.
+    fn save(&self, py: Python<'_>, sequence: usize, path: PathBuf) -> PyResult<u64> {
+        py.detach(|| {
+            let state = self.state.lock();
+            let id = state.sequence(sequence)?;
+            of_either!(&state.engine, engine => engine.save(id, &path)).or_py_err()
+        })
+    }
+
+    /// Opens a sequence from a file; its number. Waits for `stream`.
+    fn restore(&self, py: Python<'_>, path: PathBuf, stream: usize) -> PyResult<usize> {
+        py.detach(|| {
+            let mut state = self.state.lock();
+            let stream = HostStream(stream).borrow(&self.device);
+            let id =
+                of_either!(&mut state.engine, engine => engine.restore(&path, None, &stream)).or_py_err()?;
+            Ok(state.insert(id))
         })
     }
 

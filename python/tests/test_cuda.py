@@ -127,7 +127,69 @@ def test_generate_gives_the_same_tokens_as_sdpa_when_everything_is_resident():
     assert (plain == ours).float().mean() > 0.99
 
 
-def test_refusals(tmp_path):
+#: Rows of the cache that stay on the device: sinks, newest tokens and slots; or all of them.
+RESIDENT = [("pagemean:sketch=k1,tail=page", 0.0), ("full", 1.0)]
+
+
+@pytest.mark.parametrize(("policy", "resident"), RESIDENT)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prompt_in_chunks_is_as_close_to_f32_as_sdpa_is(policy, resident, padded):
+    ids, mask = prompt(2, 3000), None
+    if padded:
+        mask = torch.ones(2, 3000, dtype=torch.long, device="cuda")
+        mask[1, :1200] = 0
+    real = torch.ones(2, 1500, dtype=torch.bool) if mask is None else mask[:, 1500:].bool().cpu()
+
+    @torch.no_grad()
+    def last(model, cache=None):
+        if cache is None:
+            return model(input_ids=ids, attention_mask=mask).logits[:, 1500:].float()[real]
+        pieces = []
+        for a, b in ((0, 1000), (1000, 1500), (1500, 1502), (1502, 3000)):
+            own = {} if mask is None else {"attention_mask": mask[:, :b]}
+            pieces.append(model(input_ids=ids[:, a:b], past_key_values=cache, **own).logits)
+        return torch.cat(pieces[2:], dim=1).float()[real]
+
+    truth, sdpa = last(build("llama-128", torch.float32)), last(build("llama-128"))
+    model = enable(build("llama-128"))
+    ours = last(model, FloeCache(model.config, policy=policy, budget=256, max_tokens=4096, resident=resident))
+    assert (ours - truth).norm() < 1.3 * (sdpa - truth).norm()
+
+
+@pytest.mark.parametrize(("policy", "resident"), RESIDENT)
+def test_beams_and_saved_caches_go_on_as_copies_of_the_prompt_would(policy, resident, tmp_path):
+    ids, model = prompt(2, 2100), enable(build("llama-128"))
+    settings = {"policy": policy, "budget": 256, "max_tokens": 2560, "resident": resident}
+    caches = [FloeCache(model.config, **settings) for _ in range(2)]
+    beams = torch.tensor([1, 1])
+    with torch.no_grad():
+        for rows, cache in zip((ids, ids[beams]), caches):
+            model(input_ids=rows[:, :2000], past_key_values=cache)
+            for i in range(2000, 2020):
+                model(input_ids=rows[:, i : i + 1], past_key_values=cache)
+        caches[0].reorder_cache(beams)
+        caches[0].save(tmp_path)
+        caches.append(FloeCache(model.config, **settings).restore(tmp_path, "cuda"))
+        for i in range(2020, 2040):
+            # The two rows go different ways.
+            token = torch.stack([ids[0, i], ids[1, i]])[:, None]
+            logits = [model(input_ids=token, past_key_values=cache).logits.float() for cache in caches]
+            for other in logits[1:]:
+                assert (other - logits[0]).norm() < 0.02 * logits[0].norm()
+    assert not torch.equal(logits[0][0], logits[0][1])
+
+
+def test_beam_search_gives_the_same_tokens_as_sdpa():
+    ids, model = prompt(2, 500), build("qwen2", torch.float16)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
+    plain = model.generate(ids, **arguments)
+    enable(model)
+    cache = FloeCache(model.config, policy="full", max_tokens=1024, resident=1.0)
+    ours = model.generate(ids, past_key_values=cache, **arguments)
+    assert (plain == ours).float().mean() > 0.99
+
+
+def test_refusals():
     model = enable(build("llama"))
     ids = prompt(1, 300)
     cases = [
@@ -144,10 +206,8 @@ def test_refusals(tmp_path):
     cache = FloeCache(model.config, policy="full", max_tokens=512, resident=1.0)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="cannot be forked"):
-        cache.reorder_cache(torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="cannot be saved"):
-        cache.save(tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match="places for sequences"):
+        cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match="cannot be changed on a CUDA device"):
         cache.set_policy("window", 256)
     with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match="tokens of the sequence"):

@@ -10,6 +10,8 @@ mod profile;
 #[cfg(feature = "candle")]
 mod record;
 mod replay;
+#[cfg(feature = "candle")]
+mod spin;
 mod trace;
 
 use std::io::{self, Write};
@@ -61,6 +63,10 @@ enum Command {
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
+    #[cfg(feature = "candle")]
+    if matches!(cli.command, Command::Generate(_) | Command::Record(_) | Command::Eval(_)) {
+        spin::shorten();
+    }
     let result = match cli.command {
         #[cfg(feature = "candle")]
         Command::Generate(args) => generate::run(args),

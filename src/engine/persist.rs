@@ -52,7 +52,8 @@ pub struct SavedSequence {
 }
 
 impl SavedSequence {
-    fn of(config: &Config, sequence: &Sequence) -> Self {
+    /// A sequence of so many tokens in each layer, of which the selectors of the shards know `published`, layers outermost.
+    pub(crate) fn of(config: &Config, num_tokens: Vec<usize>, published: Vec<usize>) -> Self {
         Self {
             kind: SEQUENCE_KIND.into(),
             model: config.model.clone(),
@@ -66,9 +67,17 @@ impl SavedSequence {
             sinks: config.sinks,
             window: config.window,
             seed: config.seed,
-            num_tokens: sequence.layers.iter().map(|layer| layer.num_tokens).collect(),
-            published: sequence.layers.iter().flat_map(|l| &l.shards).map(|shard| shard.published).collect(),
+            num_tokens,
+            published,
         }
+    }
+
+    /// As the free fields of the manifest of `path`.
+    pub(crate) fn fields(&self, path: &Path) -> std::result::Result<serde_json::Value, FileError> {
+        serde_json::to_value(self).map_err(|error| {
+            let (path, source) = (path.to_path_buf(), std::io::Error::other(error));
+            FileError::Io { path, action: "encode", source }
+        })
     }
 
     /// What a page file says of the sequence in it.
@@ -98,7 +107,8 @@ impl SavedSequence {
             && (self.sinks, self.window) == (config.sinks, config.window)
     }
 
-    fn check(&self, config: &Config, path: &Path) -> Result<()> {
+    /// Refuses another model's shape.
+    pub(crate) fn check(&self, config: &Config, path: &Path) -> Result<()> {
         let named = !self.model.is_empty() && !config.model.is_empty();
         let model = if named { &self.model } else { &config.model };
         let own = [
@@ -161,11 +171,11 @@ impl Engine {
                 writer.blob(format!("reuse/{shard}"), &reuse)?;
             }
         }
-        let fields = serde_json::to_value(SavedSequence::of(&self.config, sequence)).map_err(|error| {
-            let (path, source) = (path.to_path_buf(), std::io::Error::other(error));
-            FileError::Io { path, action: "encode", source }
-        })?;
-        Ok(writer.finish(fields)?)
+        let num_tokens = sequence.layers.iter().map(|layer| layer.num_tokens).collect();
+        let shards = sequence.layers.iter().flat_map(|layer| &layer.shards);
+        let saved =
+            SavedSequence::of(&self.config, num_tokens, shards.map(|shard| shard.published).collect());
+        Ok(writer.finish(saved.fields(path)?)?)
     }
 
     /// Opens a sequence from `path` as a new one. The file is mapped: a page is read, and checked, when a step first needs

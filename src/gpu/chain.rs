@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! stream  append ─> page_scores or token_scores ─> select ─┬> resolve ─> fetch ─> attend ─┬> finish
-//! sides     └> build_pages                                 └> tail ───────────────────────┘
+//! sides     │                                              └> tail ───────────────────────┤
+//!           └> build_pages ─> attend all tokens of heads in doubt ────────────────────────┘
 //! ```
 //! or, with [`TailPlace::Joined`], `... fetch ─> tail ─> attend, which joins the tail's state ─> finish`. Kernels of the main stream start
 //! while their predecessor ends, so none of them may depend on two streams but the last.
@@ -13,20 +14,20 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    AppendStep, DeviceTensor, FetchList, FinishStart, FoundUnit, PageSource, Ranges, Resolve, Tables,
-    append_step, build_pages, fetch_listed, finish, resolve,
+    AppendStep, DeviceTensor, DoubtCheck, FetchList, FinishStart, FoundUnit, PageSource, Ranges, Resolve,
+    Tables, append_step, build_pages, fetch_listed, finish, resolve,
 };
 use floe_cuda::ops::sweep::{
     Beside, KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
     UnitsMut, ValueCodes,
 };
 use floe_cuda::ops::{
-    DecodeArgs, DecodePlan, DevState, DeviceElem, Lists, PlanShape, ScanShape, Spans, Summaries,
-    dense_decode, sparse_decode,
+    DecodeArgs, DecodePlan, DevState, DeviceElem, Lists, PlanShape, ScanShape, Spans, Summaries, WholeItems,
+    dense_decode, sparse_decode, whole_decode,
 };
 use half::f16;
 
-use super::layer::{LayerMemory, PageMemory, SlotMemory};
+use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
 
 /// Shape of a chain: every number a power of two, so that few chains serve all steps.
@@ -134,6 +135,16 @@ struct Sparse {
     to: DeviceBuffer<u32>,
     chosen: State,
     tail: State,
+    whole: Option<Whole>,
+}
+
+/// Attention over all tokens of the items that are in doubt.
+#[derive(Debug)]
+struct Whole {
+    plan: DecodePlan,
+    state: State,
+    /// Where their rows are in host memory, `[items]`.
+    warm: DeviceBuffer<u64>,
 }
 
 #[derive(Debug)]
@@ -168,6 +179,14 @@ impl Sparse {
         let firsts = |each: usize| (0..items).map(|i| (i * each) as u32).collect::<Vec<_>>();
         let rows_max = vec![list_each as u32; items];
         let decode = PlanShape { rows_max: &rows_max, group: cache.group, head_dim: cache.head_dim };
+        let all_rows = vec![(shape.pages * 16 + cache.fixed_max()) as u32; items];
+        let whole = || -> Result<_, DeviceError> {
+            Ok(Whole {
+                plan: DecodePlan::new(device, PlanShape { rows_max: &all_rows, ..decode })?,
+                state: State::new(device, items * cache.group, cache.head_dim)?,
+                warm: DeviceBuffer::zeros(device, items)?,
+            })
+        };
         let scan = ScanShape {
             items,
             group: cache.group,
@@ -189,6 +208,7 @@ impl Sparse {
             to: DeviceBuffer::zeros(device, items * plan.retrieved)?,
             chosen: State::new(device, items * cache.group, cache.head_dim)?,
             tail: State::new(device, items * cache.group, cache.head_dim)?,
+            whole: plan.max_doubt.map(|_| whole()).transpose()?,
         })
     }
 }
@@ -232,11 +252,23 @@ impl<E: DeviceElem> Chain<E> {
         layer: &mut LayerMemory<E>,
         io: &StepIo,
     ) -> Result<(), DeviceError> {
-        let LayerMemory { kv, chunks, pages, slots } = layer;
+        let LayerMemory { kv, chunks, pages, slots, doubt } = layer;
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
         let [page_first, page_end, row_first, row_end] = &mut self.ranges;
+        let whole = self.sparse.as_mut().and_then(|sparse| sparse.whole.as_mut());
+        let doubt = whole.zip(plan.doubt_factor(scale)).map(|(whole, factor)| {
+            let DoubtMemory { sums, doubted, noticed, .. } = doubt;
+            DoubtCheck {
+                factor,
+                spread: pages.spread.view(),
+                sums: sums.view_mut(),
+                warm: whole.warm.view_mut(),
+                doubted: doubted.view_mut(),
+                noticed: noticed.view_mut(),
+            }
+        });
         let append = AppendStep {
             q: io.q,
             k: io.k,
@@ -251,6 +283,7 @@ impl<E: DeviceElem> Chain<E> {
             },
             num_fetch: self.num_fetch.view_mut(),
             tree_pages: plan.tree.then(|| pages.tree_pages.view()),
+            doubt,
         };
         append_step(stream, tables, append)?;
         let params = AttendParams { scale, softcap: None };
@@ -262,17 +295,17 @@ impl<E: DeviceElem> Chain<E> {
         if self.sparse.is_some() {
             self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots), params)?;
         }
-        let beside = plan.tail && plan.tail_place == TailPlace::Beside;
-        let start = if beside && self.sparse.is_some() { FinishStart::AfterAll } else { FinishStart::Early };
-        match (&self.exact, &self.sparse) {
-            (Some((_, state)), _) => finish(stream, tables, &[state.read()], &io.out, start),
-            (None, Some(sparse)) if beside => {
-                finish(stream, tables, &[sparse.chosen.read(), sparse.tail.read()], &io.out, start)
-            }
-            (None, Some(sparse)) => finish(stream, tables, &[sparse.chosen.read()], &io.out, start),
-            (None, None) => Ok(()),
-        }?;
-        if self.sparse.is_some() && !plan.tree { stream.wait(&shared.joins[0]) } else { Ok(()) }
+        if let Some((_, state)) = &self.exact {
+            finish(stream, tables, &[state.read()], &io.out, FinishStart::Early)?;
+        }
+        let Some(sparse) = &self.sparse else { return Ok(()) };
+        stream.wait(&shared.joins[0])?;
+        let mut parts = vec![sparse.chosen.read()];
+        if plan.tail && plan.tail_place == TailPlace::Beside {
+            parts.push(sparse.tail.read());
+        }
+        parts.extend(sparse.whole.as_ref().map(|whole| whole.state.read()));
+        finish(stream, tables, &parts, &io.out, FinishStart::AfterAll)
     }
 
     fn queue_sparse(
@@ -284,12 +317,19 @@ impl<E: DeviceElem> Chain<E> {
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
+        shared.forks[0].record(stream)?;
+        shared.sides[0].wait(&shared.forks[0])?;
         if !plan.tree {
-            shared.forks[0].record(stream)?;
-            shared.sides[0].wait(&shared.forks[0])?;
             let built = memory.write(shared.signs.as_ref());
             build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
         }
+        let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
+        let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
+        if let Some(Whole { plan: attend, state, warm }) = &mut sparse.whole {
+            let items = WholeItems { rows: whole_rows, warm: warm.view(), heads: plan.shape.heads };
+            whole_decode(&shared.sides[0], attend, &args, items, state.write())?;
+        }
+        shared.joins[0].record(&shared.sides[0])?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
         let query = (self.q.view(), params.scale);
         let rotation = shared.signs.as_ref().map(|signs| Rotation { signs: signs.view(), order: None });
@@ -314,7 +354,7 @@ impl<E: DeviceElem> Chain<E> {
                 keys: memory.mean_keys.view(),
                 log_count: memory.log_count.view(),
                 pages,
-                spreads: plan.tree.then(|| (memory.spreads.view(), floe_index::export::PAGE_SPREAD)),
+                spreads: plan.tree.then(|| (memory.spread.view(), floe_index::export::PAGE_SPREAD)),
             };
             let (scores, lse) = (shared.page_scores.view_mut(), sparse.unit_lse.view_mut());
             sparse.sweep.page_scores(stream, query, &summaries, scores, lse)?;
@@ -338,9 +378,6 @@ impl<E: DeviceElem> Chain<E> {
             UnitsMut::Pages(shared.page_scores.view_mut())
         };
         sparse.sweep.select(stream, selection, units)?;
-        if !plan.tree {
-            shared.joins[0].record(&shared.sides[0])?;
-        }
         let tail = {
             let scores = shared.page_scores.view();
             let units = match rotation {
@@ -366,6 +403,7 @@ impl<E: DeviceElem> Chain<E> {
             shared.joins[1].record(&shared.sides[1])?;
         }
         let found = Resolve {
+            whole: whole_rows,
             spans: Spans { first: sparse.found_first.view(), end: sparse.found_end.view() },
             found: sparse.found.view(),
             unit: if plan.lists_tokens() { FoundUnit::Tokens } else { FoundUnit::Pages },
@@ -397,13 +435,27 @@ impl<E: DeviceElem> Chain<E> {
     /// What the last step left on the device; waits.
     pub(super) fn read(&self, stream: &Stream) -> Result<StepRead, DeviceError> {
         if let Some((_, state)) = &self.exact {
-            return Ok(StepRead { found: Vec::new(), lse: state.lse.read(stream)? });
+            return Ok(StepRead { lse: state.lse.read(stream)?, ..StepRead::default() });
         }
         let Some(sparse) = &self.sparse else { return Ok(StepRead::default()) };
         let (first, end) = (sparse.found_first.read(stream)?, sparse.found_end.read(stream)?);
         let found = sparse.found.read(stream)?;
         let of = |(first, end): (&u32, &u32)| found[*first as usize..(*end).max(*first) as usize].to_vec();
-        Ok(StepRead { found: first.iter().zip(&end).map(of).collect(), lse: sparse.chosen.lse.read(stream)? })
+        let mut read = StepRead {
+            found: first.iter().zip(&end).map(of).collect(),
+            lse: sparse.chosen.lse.read(stream)?,
+            in_doubt: vec![false; first.len()],
+        };
+        if let Some(whole) = &sparse.whole {
+            let (first, end) = (self.ranges[2].read(stream)?, self.ranges[3].read(stream)?);
+            let (lse, group) = (whole.state.lse.read(stream)?, read.lse.len() / first.len());
+            for (item, _) in first.iter().zip(&end).enumerate().filter(|(_, (first, end))| end > first) {
+                let heads = item * group..(item + 1) * group;
+                read.lse[heads.clone()].copy_from_slice(&lse[heads]);
+                read.in_doubt[item] = true;
+            }
+        }
+        Ok(read)
     }
 }
 
@@ -414,4 +466,6 @@ pub(super) struct StepRead {
     pub(super) found: Vec<Vec<u32>>,
     /// lse of the exactly attended tokens, [items, group].
     pub(super) lse: Vec<f32>,
+    /// Items that attended everything because their estimates were in doubt; empty where all were exact.
+    pub(super) in_doubt: Vec<bool>,
 }

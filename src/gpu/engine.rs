@@ -61,7 +61,7 @@ pub struct GpuEngine<E: DeviceElem> {
     graphs: HashMap<(usize, ChainShape, StepIo), Recorded>,
     pub(super) chains: HashMap<ChainShape, Chain<E>>,
     pub(super) config: Config,
-    options: GpuOptions,
+    pub(super) options: GpuOptions,
     pub(super) plan: Plan,
     pub(super) device: Device,
     pub(super) layers: Vec<LayerMemory<E>>,
@@ -81,6 +81,7 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) steps: u64,
     pub(super) exact_steps: u64,
     pub(super) replayed_steps: u64,
+    pub(super) sparse_head_steps: u64,
 }
 
 impl<E: DeviceElem> GpuEngine<E> {
@@ -116,6 +117,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             steps: 0,
             exact_steps: 0,
             replayed_steps: 0,
+            sparse_head_steps: 0,
             device: device.clone(),
             config,
             options,
@@ -151,7 +153,10 @@ impl<E: DeviceElem> GpuEngine<E> {
         let open = self.places.get(seq)?;
         let (index, place) = (open.index, open.place);
         self.sequences.write_at(index, &[place])?;
-        self.forget_slots(&place)?;
+        let stream = Stream::new(&self.device)?;
+        self.forget_slots_on(&place, &stream)?;
+        self.forget_spread(index, &stream)?;
+        stream.synchronize()?;
         Ok(seq)
     }
 
@@ -233,6 +238,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             StepIo { q: step.q, k: step.k_new, v: step.v_new, out: step.out, scale: step.scale.to_bits() };
         let padded = pad(&io, shape.entries);
         self.run(layer, shape, &padded, stream)?;
+        self.layers[layer].doubt.warn(layer);
         for seq in step.sequences {
             let window = self.plan.shape.window;
             let open = self.places.get_mut(*seq)?;
@@ -245,6 +251,8 @@ impl<E: DeviceElem> GpuEngine<E> {
         self.last = Some(shape);
         self.steps += 1;
         self.exact_steps += u64::from(exact);
+        self.sparse_head_steps +=
+            if exact { 0 } else { (step.sequences.len() * self.plan.shape.heads) as u64 };
         Ok(())
     }
 
@@ -264,7 +272,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             *tokens = (*tokens).min(num_tokens);
             *built = (*built).min(num_tokens / 16);
         }
-        let place = open.place;
+        let (index, place) = (open.index, open.place);
+        self.own_end(seq, stream)?;
+        self.forget_spread(index, stream)?;
         for memory in &mut self.layers {
             // Slots of what is forgotten may be asked for again with other contents.
             for head in 0..shape.heads {
@@ -302,7 +312,9 @@ impl<E: DeviceElem> GpuEngine<E> {
     pub fn empty_hot(&mut self) -> Result<()> {
         self.device.synchronize()?;
         let places: Vec<_> = self.places.open.values().map(|open| open.place).collect();
-        places.iter().try_for_each(|place| self.forget_slots(place))
+        let stream = Stream::new(&self.device)?;
+        places.iter().try_for_each(|place| self.forget_slots_on(place, &stream))?;
+        Ok(stream.synchronize()?)
     }
 
     pub(super) fn check_layer(&self, layer: LayerId) -> Result<()> {
@@ -399,7 +411,7 @@ impl<E: DeviceElem> GpuEngine<E> {
     }
 
     /// Builds the pages that a sequence attended exactly until now has not built.
-    fn catch_up(&mut self, seq: SeqId, layer: usize, pages: usize, stream: &Stream) -> Result<()> {
+    pub(super) fn catch_up(&mut self, seq: SeqId, layer: usize, pages: usize, stream: &Stream) -> Result<()> {
         let open = self.places.get_mut(seq)?;
         let first = open.built[layer];
         if first >= pages {
@@ -513,7 +525,7 @@ impl<E: DeviceElem> GpuEngine<E> {
     }
 
     /// Brings the newest rows of a sequence with slots from host memory into its ring, in every layer.
-    fn refill_ring(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
+    pub(super) fn refill_ring(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
         let shape = self.plan.shape;
         let open = self.places.get(seq)?;
         for (memory, &stored) in self.layers.iter_mut().zip(&open.tokens) {
@@ -529,13 +541,16 @@ impl<E: DeviceElem> GpuEngine<E> {
         Ok(())
     }
 
-    /// No slot of a place holds anything.
-    fn forget_slots(&mut self, place: &SequencePlace) -> Result<()> {
-        let stream = Stream::new(&self.device)?;
-        self.forget_slots_on(place, &stream)?;
-        Ok(stream.synchronize()?)
+    /// The spreads of a sequence's pages are summed up anew.
+    fn forget_spread(&mut self, index: usize, stream: &Stream) -> Result<()> {
+        let heads = self.plan.shape.heads;
+        for memory in &mut self.layers {
+            memory.doubt.sums.fill_range(index * heads..(index + 1) * heads, 0, stream)?;
+        }
+        Ok(())
     }
 
+    /// No slot of a place holds anything.
     fn forget_slots_on(&mut self, place: &SequencePlace, stream: &Stream) -> Result<()> {
         if self.plan.exact {
             return Ok(());
@@ -565,7 +580,7 @@ fn pad(io: &StepIo, entries: usize) -> StepIo {
     StepIo { q: pad(&io.q), k: pad(&io.k), v: pad(&io.v), out: pad(&io.out), scale: io.scale }
 }
 
-fn expect(field: &'static str, tensor: &DeviceTensor, shape: [usize; 3]) -> Result<()> {
+pub(super) fn expect(field: &'static str, tensor: &DeviceTensor, shape: [usize; 3]) -> Result<()> {
     if tensor.shape() == shape {
         return Ok(());
     }

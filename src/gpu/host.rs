@@ -1,15 +1,16 @@
 //! Page-locked host memory of the warm tier, in chunks that never move.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use floe_cuda::device::{Device, PinnedBuffer};
+use floe_cuda::device::{Device, PinnedBuffer, Stream};
 
 /// Bytes that are asked of the driver at a time: page-locking costs a fixed time a call.
 const BLOCK_BYTES: usize = 64 << 20;
 
 /// A chunk: its block and its place in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Chunk {
     block: u32,
     at: u32,
@@ -22,12 +23,15 @@ pub(super) struct HostPool {
     chunk_bytes: usize,
     blocks: Vec<Arc<PinnedBuffer<u8>>>,
     free: Vec<Chunk>,
+    /// Chunks that several sequences hold, with the number of holders beyond the first.
+    shared: HashMap<Chunk, u32>,
     limit_bytes: usize,
 }
 
 impl HostPool {
     pub(super) fn new(device: &Device, chunk_bytes: usize, limit_bytes: usize) -> Self {
-        Self { device: device.clone(), chunk_bytes, blocks: Vec::new(), free: Vec::new(), limit_bytes }
+        let (blocks, free, shared) = (Vec::new(), Vec::new(), HashMap::new());
+        Self { device: device.clone(), chunk_bytes, blocks, free, shared, limit_bytes }
     }
 
     fn block_chunks(&self) -> usize {
@@ -58,8 +62,34 @@ impl HostPool {
         self.free.pop().ok_or(crate::Error::NoRoom { what: "host chunks", needed: 1, free: 0 })
     }
 
+    /// One more holder of a chunk, which nobody writes to from now on.
+    pub(super) fn share(&mut self, chunk: Chunk) {
+        *self.shared.entry(chunk).or_default() += 1;
+    }
+
+    /// Whether a chunk has several holders.
+    pub(super) fn is_shared(&self, chunk: Chunk) -> bool {
+        self.shared.contains_key(&chunk)
+    }
+
+    /// A holder lets go of a chunk; free once nobody holds it.
     pub(super) fn give(&mut self, chunk: Chunk) {
-        self.free.push(chunk);
+        match self.shared.get_mut(&chunk) {
+            None => self.free.push(chunk),
+            Some(1) => {
+                self.shared.remove(&chunk);
+            }
+            Some(others) => *others -= 1,
+        }
+    }
+
+    /// Copies a chunk. The device is idle.
+    pub(super) fn copy(&mut self, from: Chunk, to: Chunk) -> Result<(), crate::Error> {
+        let stream = Stream::new(&self.device)?;
+        let start = |chunk: Chunk| chunk.at as usize * self.chunk_bytes;
+        let from = (&*self.blocks[from.block as usize], start(from)..start(from) + self.chunk_bytes);
+        self.blocks[to.block as usize].copy_part(start(to), from, &stream)?;
+        Ok(stream.synchronize()?)
     }
 
     /// Address of a chunk as the device sees it.

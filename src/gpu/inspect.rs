@@ -42,11 +42,12 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// # Errors
     /// What the driver reports, list entries outside of their buffers included.
     pub fn report(&self, stream: &Stream) -> Result<GpuReport> {
-        let (mut hits, mut fetched) = (0, 0);
+        let (mut hits, mut fetched, mut in_doubt) = (0, 0, 0);
         for memory in &self.layers {
             let counters = memory.slots.counters.read(stream)?;
             hits += counters[0];
             fetched += counters[1];
+            in_doubt += memory.doubt.doubted.read(stream)?[0];
         }
         self.device.check_entries()?;
         Ok(GpuReport {
@@ -54,6 +55,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             steps: self.steps,
             exact_steps: self.exact_steps,
             replayed_steps: self.replayed_steps,
+            head_steps: self.sparse_head_steps,
+            head_steps_in_doubt: in_doubt,
             rows_hit: hits,
             rows_fetched: fetched,
             bytes_fetched: fetched * (self.plan.shape.row_len() * size_of::<E>()) as u64,
@@ -62,14 +65,16 @@ impl<E: DeviceElem> GpuEngine<E> {
         })
     }
 
-    /// Sets hits and fetches of the report to zero; queued on `stream`.
+    /// Sets hits, fetches and steps of heads of the report to zero; queued on `stream`.
     ///
     /// # Errors
     /// What the driver reports.
     pub fn clear_counters(&mut self, stream: &Stream) -> Result<()> {
         for memory in &mut self.layers {
             memory.slots.counters.fill_bytes(0, stream)?;
+            memory.doubt.doubted.fill_bytes(0, stream)?;
         }
+        self.sparse_head_steps = 0;
         Ok(())
     }
 
@@ -109,7 +114,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             };
             retrieved.sort_unstable();
             let exact_lse = read.lse[item * shape.group..(item + 1) * shape.group].to_vec();
-            all.push(LastStep { exact, retrieved, exact_lse });
+            let in_doubt = read.in_doubt.get(item).is_some_and(|doubt| *doubt);
+            all.push(LastStep { exact: exact || in_doubt, in_doubt, retrieved, exact_lse });
         }
         Ok(all)
     }

@@ -1,6 +1,9 @@
 //! Device memory of one layer.
 
-use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, Stream};
+use std::ops::Range;
+
+use bytemuck::Pod;
+use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
 use half::f16;
@@ -16,6 +19,7 @@ pub(super) struct LayerMemory<E> {
     pub(super) chunks: DeviceBuffer<u64>,
     pub(super) pages: PageMemory<E>,
     pub(super) slots: SlotMemory,
+    pub(super) doubt: DoubtMemory,
 }
 
 /// Summaries and sketches of the pages.
@@ -36,8 +40,8 @@ pub(super) struct PageMemory<E> {
     pub(super) value_scales: DeviceBuffer<f16>,
     /// `[pages]`, with sketches or trees.
     pub(super) masks: DeviceBuffer<u16>,
-    /// `[pages]`, with trees that have no sketch.
-    pub(super) spreads: DeviceBuffer<f32>,
+    /// Mean square of a page's key residuals, `[pages]`, with a sketch or trees.
+    pub(super) spread: DeviceBuffer<f32>,
     /// With trees: what a list says of each place [pages, 16], and pages of each tree [sequences, heads].
     pub(super) tokens: DeviceBuffer<u32>,
     pub(super) tree_pages: DeviceBuffer<u32>,
@@ -53,6 +57,40 @@ pub(super) struct SlotMemory {
     pub(super) hand: DeviceBuffer<u32>,
     /// Rows found in slots, rows fetched.
     pub(super) counters: DeviceBuffer<u64>,
+}
+
+/// How far the layer's estimated logits may be off, and how often that was too far.
+#[derive(Debug)]
+pub(super) struct DoubtMemory {
+    /// Spreads summed up, [sequences, heads]; see `floe_cuda::ops::cache::DoubtCheck`.
+    pub(super) sums: DeviceBuffer<[u32; 2]>,
+    /// Steps of single heads that attended everything for that reason.
+    pub(super) doubted: DeviceBuffer<u64>,
+    /// 1 once there was one; page-locked, so that the host sees it without waiting.
+    pub(super) noticed: PinnedBuffer<u32>,
+    warned: bool,
+}
+
+impl DoubtMemory {
+    fn new(device: &Device, sums: usize) -> Result<Self, DeviceError> {
+        Ok(Self {
+            sums: DeviceBuffer::zeros(device, sums)?,
+            doubted: DeviceBuffer::zeros(device, 1)?,
+            noticed: PinnedBuffer::zeros(device, 1)?,
+            warned: false,
+        })
+    }
+
+    /// Says once that the layer has heads in doubt: in the first step of it that is queued after one was seen.
+    pub(super) fn warn(&mut self, layer: usize) {
+        if !self.warned && self.noticed.peek(0) == Some(1) {
+            self.warned = true;
+            tracing::warn!(
+                layer,
+                "estimates are too coarse for queries of this layer: its heads in doubt attend everything (max_doubt)"
+            );
+        }
+    }
 }
 
 impl<E: DeviceElem> LayerMemory<E> {
@@ -80,7 +118,7 @@ impl<E: DeviceElem> LayerMemory<E> {
                 value_lines: DeviceBuffer::zeros(device, bits[1] * pages * dim / 2)?,
                 value_scales: DeviceBuffer::zeros(device, sketched(bits[1]) * 16)?,
                 masks: DeviceBuffer::zeros(device, if plan.tree { pages } else { sketched(bits[0]) })?,
-                spreads: DeviceBuffer::zeros(device, if plan.tree && bits[0] == 0 { pages } else { 0 })?,
+                spread: DeviceBuffer::zeros(device, if plan.tree { pages } else { sketched(bits[0]) })?,
                 tokens: DeviceBuffer::zeros(device, if plan.tree { pages * 16 } else { 0 })?,
                 tree_pages: DeviceBuffer::zeros(
                     device,
@@ -94,6 +132,7 @@ impl<E: DeviceElem> LayerMemory<E> {
                 hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
                 counters: DeviceBuffer::zeros(device, 2)?,
             },
+            doubt: DoubtMemory::new(device, options.max_sequences * heads)?,
         };
         let stream = Stream::new(device)?;
         memory.slots.row_of_token.fill_bytes(0xff, &stream)?;
@@ -118,7 +157,7 @@ impl<E: DeviceElem> LayerMemory<E> {
         ];
         let beside = means * size_of::<E>()
             + words.map(|words| words.view().len() * 4).iter().sum::<usize>()
-            + (pages.log_count.view().len() + pages.spreads.view().len()) * 4
+            + (pages.log_count.view().len() + pages.spread.view().len()) * 4
             + self.chunks.view().len() * 8
             + [&pages.key_scales, &pages.value_scales]
                 .map(|scales| scales.view().len() * 2)
@@ -130,6 +169,24 @@ impl<E: DeviceElem> LayerMemory<E> {
 }
 
 impl<E: DeviceElem> PageMemory<E> {
+    /// Queues a copy of everything that is kept of `from` (pages) to the pages from `to` on.
+    pub(super) fn copy(&mut self, from: Range<usize>, to: usize, stream: &Stream) -> Result<(), DeviceError> {
+        let pages = self.log_count.view().len();
+        let part = |len: usize| {
+            let each = len / pages.max(1);
+            (from.start * each..from.end * each, to * each)
+        };
+        copy_part(&mut self.mean_keys, part, stream)?;
+        copy_part(&mut self.mean_values, part, stream)?;
+        copy_part(&mut self.log_count, part, stream)?;
+        copy_part(&mut self.key_lines, part, stream)?;
+        copy_part(&mut self.key_scales, part, stream)?;
+        copy_part(&mut self.value_lines, part, stream)?;
+        copy_part(&mut self.value_scales, part, stream)?;
+        copy_part(&mut self.masks, part, stream)?;
+        copy_part(&mut self.spread, part, stream)
+    }
+
     pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
         self.write_tree(signs).0
     }
@@ -145,7 +202,7 @@ impl<E: DeviceElem> PageMemory<E> {
             mean_values: self.mean_values.view_mut(),
             log_count: self.log_count.view_mut(),
             masks: some(&mut self.masks),
-            spreads: some(&mut self.spreads),
+            spread: some(&mut self.spread),
             sketch: signs.map(|signs| PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
@@ -163,6 +220,15 @@ impl<E: DeviceElem> PageMemory<E> {
 fn some<T>(buffer: &mut DeviceBuffer<T>) -> Option<DevMut<'_, T>> {
     let view = buffer.view_mut();
     (!view.is_empty()).then_some(view)
+}
+
+fn copy_part<T: Pod>(
+    buffer: &mut DeviceBuffer<T>,
+    part: impl Fn(usize) -> (Range<usize>, usize),
+    stream: &Stream,
+) -> Result<(), DeviceError> {
+    let (from, to) = part(buffer.view().len());
+    if from.is_empty() { Ok(()) } else { buffer.copy_within(from, to, stream) }
 }
 
 impl SlotMemory {

@@ -27,17 +27,21 @@
 //! Its stream is [`Stream::borrow`]`(&device, torch.cuda.current_stream().cuda_stream)`, its context the device's primary one, which
 //! [`Device::open`] shares. All work is queued on that stream; nothing waits for it, and tensors must live until it is done.
 //! Tensors in host memory are taken by [`GpuEngine::prefill_host`] and [`GpuEngine::attend_host`], which copy and wait.
+//! A host engine that attends a chunk of a prompt itself gets the stored rows back from [`GpuEngine::gather`].
 //! Tensors at the same addresses in later steps (as PyTorch's allocator usually gives) let the step be replayed.
 
 mod chain;
 mod cost;
 mod engine;
+mod fork;
+mod gather;
 mod host;
 mod host_io;
 mod inspect;
 mod layer;
 mod mirror;
 mod options;
+mod persist;
 mod places;
 mod profile;
 mod report;

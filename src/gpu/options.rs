@@ -122,6 +122,8 @@ pub(super) struct Plan {
     pub(super) tail_place: TailPlace,
     /// Pages are those of the host's trees; else runs of 16 tokens.
     pub(super) tree: bool,
+    /// Standard deviation in nats beyond which estimated logits are not trusted; `None`: nothing is estimated, or always trusted.
+    pub(super) max_doubt: Option<f32>,
     /// Tokens that a step retrieves at most.
     pub(super) retrieved: usize,
     /// Slots of a kv head once a sequence does not fit densely.
@@ -147,8 +149,8 @@ impl Plan {
             return refuse("the cuda backend does not reuse earlier steps");
         }
         let tree = matches!(config.policy.kind(), PolicyKind::Floe(_));
-        let (exact, bits, tail) = match config.policy.kind() {
-            PolicyKind::Full => (true, [0; 2], false),
+        let (exact, bits, tail, max_doubt) = match config.policy.kind() {
+            PolicyKind::Full => (true, [0; 2], false, None),
             PolicyKind::PageMean(options) | PolicyKind::Floe(options) => {
                 let bits = [options.sketch.k_bits(), options.sketch.v_bits()];
                 if bits[0] > 2 {
@@ -161,7 +163,9 @@ impl Plan {
                         "the cuda backend picks tokens with a sketch and pages (unit=page) without",
                     );
                 }
-                (false, bits, options.tail != Tail::Off)
+                let tail = options.tail != Tail::Off;
+                let estimates = tail && bits[0] > 0 && options.max_doubt.is_finite();
+                (false, bits, tail, estimates.then_some(options.max_doubt))
             }
             _ => return refuse("the cuda backend runs `full`, `pagemean` and `floe`"),
         };
@@ -201,12 +205,19 @@ impl Plan {
         if !options.page_tokens.is_multiple_of(256) {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
-        Ok(Self { shape, exact, bits, tail, tail_place, tree, retrieved, slots: config.hot.slots })
+        let slots = config.hot.slots;
+        Ok(Self { shape, exact, bits, tail, tail_place, tree, max_doubt, retrieved, slots })
     }
 
     /// Whether tokens are selected, by their sketches; else pages.
     pub(super) const fn by_token(&self) -> bool {
         self.bits[0] > 0
+    }
+
+    /// Variance of a logit estimated at this softmax scale over its bound, for `|q|^2` and a mean square residual of 1.
+    pub(super) fn doubt_factor(&self, scale: f32) -> Option<f32> {
+        let distortion = floe_index::export::code_distortion(self.bits[0]);
+        self.max_doubt.map(|bound| scale * scale * distortion / (bound * bound))
     }
 
     /// Whether a selection lists tokens; else pages.

@@ -1,6 +1,6 @@
 //! What the engine on the device did, and what it holds.
 
-/// What has happened since the engine was opened, or since the counters were cleared (hits and fetches).
+/// What has happened since the engine was opened, or since the counters were cleared (hits, fetches and steps of heads).
 #[derive(Debug, Clone, PartialEq)]
 pub struct GpuReport {
     /// The device's name.
@@ -11,6 +11,10 @@ pub struct GpuReport {
     pub exact_steps: u64,
     /// Of these, replayed from a recording.
     pub replayed_steps: u64,
+    /// Steps of single kv heads in steps that were not exact.
+    pub head_steps: u64,
+    /// Of these, those that attended all tokens because their estimates were too coarse.
+    pub head_steps_in_doubt: u64,
     /// Retrieved rows that were in their slots.
     pub rows_hit: u64,
     /// Retrieved rows that came from host memory.
@@ -45,6 +49,12 @@ impl GpuReport {
         let all = self.rows_hit + self.rows_fetched;
         if all == 0 { 1.0 } else { self.rows_hit as f64 / all as f64 }
     }
+
+    /// Share of the heads' steps that attended all tokens because their estimates were too coarse; 0 before the first.
+    #[must_use]
+    pub fn doubt_rate(&self) -> f64 {
+        self.head_steps_in_doubt as f64 / self.head_steps.max(1) as f64
+    }
 }
 
 /// What a step did for one kv head of one sequence.
@@ -52,6 +62,8 @@ impl GpuReport {
 pub struct LastStep {
     /// Whether all tokens were attended.
     pub exact: bool,
+    /// Whether that was because the estimates of a selection would have been too coarse (`max_doubt`).
+    pub in_doubt: bool,
     /// Positions that retrieval picked, ascending.
     pub retrieved: Vec<u32>,
     /// lse of the exactly attended tokens alone, `[group]`.

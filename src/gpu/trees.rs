@@ -214,6 +214,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             build_tree_pages(stream, &tables, from, memory.kv.view(), to)?;
         }
         memory.pages.tree_pages.write_async(index * heads, &used, stream)?;
+        // More than there are: spreads are summed up anew.
+        memory.doubt.sums.write_async(index * heads, &vec![[u32::MAX, 0]; heads], stream)?;
         of_layer.used = Some(used);
         Ok(())
     }
@@ -226,6 +228,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             let outcomes = trees.shards.iter().map(|shard| shard.truncate(end)).collect::<Result<_>>()?;
             trees.submitted = trees.submitted.min(end);
             trees.applied = trees.submitted;
+            // What was forgotten may have shared its chunks with another sequence, and is written elsewhere from now on.
+            trees.chunks = Arc::default();
             self.apply((seq, layer), outcomes, stream)?;
         }
         Ok(())

@@ -9,6 +9,10 @@
 //! [`FloeBackend`] is the engine of this crate; [`CandleKv`] is candle's own full attention, for comparison. The core
 //! knows nothing of this module: another inference engine plugs in the same way, at its attention.
 //!
+//! candle's threads wait for their next product in a loop, on the cores that attention needs in between: start a program of your own with
+//! `CANDLE_BARRIER_POOL_SPIN_LIMIT=2000` in its environment, as the `floe` command does for itself, and run it inside a rayon pool
+//! (`ThreadPool::install`), whose threads products and attention then share.
+//!
 //! Runs on the CPU, one sequence at a time. Use another engine for throughput over many users.
 
 mod backend;

@@ -6,32 +6,33 @@ use half::bf16;
 
 use crate::world::{Held, Output, Random, World, error, full, world};
 
-const D: usize = 128;
-const HEADS: usize = 2;
-const GROUP: usize = 4;
+pub const D: usize = 128;
+pub const HEADS: usize = 2;
+pub const GROUP: usize = 4;
 
 /// A sequence with everything that was stored, by kv head.
-struct Story {
-    seq: SeqId,
-    k: Vec<Vec<bf16>>,
-    v: Vec<Vec<bf16>>,
+#[derive(Clone)]
+pub struct Story {
+    pub seq: SeqId,
+    pub k: Vec<Vec<bf16>>,
+    pub v: Vec<Vec<bf16>>,
 }
 
-struct Stage<'a> {
-    world: &'a World,
-    engine: GpuEngine<bf16>,
-    random: Random,
+pub struct Stage<'a> {
+    pub world: &'a World,
+    pub engine: GpuEngine<bf16>,
+    pub random: Random,
 }
 
 impl Stage<'_> {
-    fn admit(&mut self, tokens: usize) -> Story {
+    pub fn admit(&mut self, tokens: usize) -> Story {
         let seq = self.engine.admit(None).unwrap();
         let mut story = Story { seq, k: vec![vec![]; HEADS], v: vec![vec![]; HEADS] };
         self.prefill(&mut story, tokens);
         story
     }
 
-    fn prefill(&mut self, story: &mut Story, tokens: usize) {
+    pub fn prefill(&mut self, story: &mut Story, tokens: usize) {
         if tokens == 0 {
             return;
         }
@@ -52,7 +53,7 @@ impl Stage<'_> {
     }
 
     /// One step of layer 0 (and of layer 1, whose output nobody looks at); largest error against full attention.
-    fn step(&mut self, stories: &mut [&mut Story]) -> f64 {
+    pub fn step(&mut self, stories: &mut [&mut Story]) -> f64 {
         let b = stories.len();
         let mut worst = 0.0f64;
         for layer in 0..2 {
@@ -98,7 +99,7 @@ impl Stage<'_> {
 }
 
 impl Story {
-    fn store(&mut self, k: &[bf16], v: &[bf16]) {
+    pub fn store(&mut self, k: &[bf16], v: &[bf16]) {
         for (k, v) in k.chunks(HEADS * D).zip(v.chunks(HEADS * D)) {
             for head in 0..HEADS {
                 self.k[head].extend(&k[head * D..(head + 1) * D]);
@@ -108,7 +109,7 @@ impl Story {
     }
 }
 
-fn stage(world: &World, rows_of_each: usize, prefer: Prefer) -> Stage<'_> {
+pub fn stage(world: &World, rows_of_each: usize, prefer: Prefer) -> Stage<'_> {
     let heads = HeadShape::new(HEADS * GROUP, HEADS, D).unwrap();
     let hot = HotConfig { slots: 1024, ..HotConfig::default() };
     let policy = "pagemean:sketch=k1,tail=page".parse().unwrap();
@@ -120,7 +121,7 @@ fn stage(world: &World, rows_of_each: usize, prefer: Prefer) -> Stage<'_> {
 }
 
 /// bf16 weights, and sums of a few hundred of them.
-const CLOSE: f64 = 1.0 / 128.0;
+pub const CLOSE: f64 = 1.0 / 128.0;
 
 #[test]
 fn unequal_lengths_join_and_leave_and_stay_exact_while_they_fit() {

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod doubt;
 mod lifetime;
+mod rows;
 mod trace;
 mod trees;
 mod world;

@@ -266,6 +266,25 @@ impl<T: Pod> DeviceBuffer<T> {
             .named("cuMemcpyDtoDAsync")
     }
 
+    /// Queues a copy of a part of the buffer to its elements from `to` on.
+    ///
+    /// # Errors
+    /// Ranges that leave the buffer or overlap; what the driver reports.
+    pub fn copy_within(&mut self, from: Range<usize>, to: usize, stream: &Stream) -> Result<(), DeviceError> {
+        check_range(&from, self.len)?;
+        check_range(&(to..to.saturating_add(from.len())), self.len)?;
+        if to < from.end && from.start < to + from.len() {
+            let expected = "a part that does not overlap the other";
+            return Err(DeviceError::Unsupported { field: "to", value: to, expected });
+        }
+        self.device.bind()?;
+        let size = size_of::<T>();
+        let (target, source) = (self.address + (to * size) as u64, self.address + (from.start * size) as u64);
+        // SAFETY: both ranges lie in the allocation and share no element.
+        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
+    }
+
     /// Queues a fill of a range with one byte.
     ///
     /// # Errors
@@ -370,6 +389,38 @@ impl<T: Pod> PinnedBuffer<T> {
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: `len` initialised elements, owned, borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.host, self.len) }
+    }
+
+    /// Queues a copy of a part of another buffer to `to` and on, done by the device.
+    ///
+    /// # Errors
+    /// Ranges outside of the buffers; what the driver reports.
+    pub fn copy_part(
+        &self,
+        to: usize,
+        (other, from): (&Self, Range<usize>),
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        check_range(&from, other.len)?;
+        check_range(&(to..to.saturating_add(from.len())), self.len)?;
+        self.device.bind()?;
+        let size = size_of::<T>();
+        let (target, source) =
+            (self.address + (to * size) as u64, other.address + (from.start * size) as u64);
+        // SAFETY: both ranges lie in their allocations, as the device sees them.
+        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
+    }
+
+    /// An element as it is now, which kernels may be writing; `None` beyond the last.
+    pub fn peek(&self, index: usize) -> Option<T> {
+        // SAFETY: an initialised element, owned; a volatile read of a type that any bits are a value of.
+        (index < self.len).then(|| unsafe { self.host.add(index).read_volatile() })
+    }
+
+    /// The elements as the device sees them, to be written.
+    pub fn view_mut(&mut self) -> DevMut<'_, T> {
+        DevMut { address: self.address, len: self.len, element: PhantomData }
     }
 
     /// The elements as the device sees them.

@@ -152,6 +152,8 @@ struct DecodeParams {
     join_out: u64,
     join_lse: u64,
     late: u32,
+    heads: u32,
+    warm: u64,
 }
 
 /// Attention over the rows `first..end` of each item, which are contiguous.
@@ -169,6 +171,41 @@ pub fn dense_decode<E: DeviceElem>(
 ) -> Result<(), DeviceError> {
     let params = prepare(stream, plan, args, rows, state)?;
     launch::<E>(stream, plan, "dense_decode", &params)
+}
+
+/// All rows of each item, in order of position, wherever they lie.
+#[derive(Debug, Clone, Copy)]
+pub struct WholeItems<'a> {
+    /// Rows of `kv`, or of the item's tokens in host memory.
+    pub rows: Spans<'a>,
+    /// `[items]` device address of the addresses of the item's chunks in host memory (see [`super::cache::Tables`]), or 0: its rows
+    /// are in `kv`; device.
+    pub warm: DevRef<'a, u64>,
+    /// Kv heads of a chunk; item `i` is head `i % heads`.
+    pub heads: usize,
+}
+
+/// As [`dense_decode`], over rows of `kv` or, in place, of host memory. Not for a head_dim of 96.
+///
+/// What `warm` names is written by the device (`cache::append_step`), from chunk tables that hold all of an item's rows.
+///
+/// # Errors
+/// As [`dense_decode`].
+pub fn whole_decode<E: DeviceElem>(
+    stream: &Stream,
+    plan: &mut DecodePlan,
+    args: &DecodeArgs<'_, E>,
+    items: WholeItems<'_>,
+    state: DevState<'_>,
+) -> Result<(), DeviceError> {
+    let mut params = prepare(stream, plan, args, items.rows, state)?;
+    if plan.head_dim == 96 {
+        let expected = "64, 128 or 256";
+        return Err(DeviceError::Unsupported { field: "head_dim", value: 96, expected });
+    }
+    items.warm.check("warm", plan.items)?;
+    (params.warm, params.heads) = (items.warm.address(), word("heads", items.heads.max(1))?);
+    launch::<E>(stream, plan, "whole_decode", &params)
 }
 
 /// Attention over the listed pages or rows of each item, in the order of the list.
@@ -349,6 +386,8 @@ fn prepare<E: DeviceElem>(
         join_out: 0,
         join_lse: 0,
         late: 0,
+        heads: 0,
+        warm: 0,
     })
 }
 

@@ -11,7 +11,7 @@
 //!
 //! | launcher | read from the device each time | fixed when recorded |
 //! |---|---|---|
-//! | [`dense_decode`], [`sparse_decode`], [`fetch_attend`] | `Spans::first`, `Spans::end` per item, every list entry and mask | items, and through [`PlanShape::rows_max`] the number of blocks an item gets: rows beyond it are attended all the same, only slower, but where it gives every warp one or two tiles they are left out and reported |
+//! | [`dense_decode`], [`whole_decode`], [`sparse_decode`], [`fetch_attend`] | `Spans::first`, `Spans::end` per item, every list entry and mask | items, and through [`PlanShape::rows_max`] the number of blocks an item gets: rows beyond it are attended all the same, only slower, but where it gives every warp one or two tiles they are left out and reported |
 //! | `Scan::page_scores`, `sketch_scores`, `page_tail` | first and last page of each item, ln counts, masks | items, blocks an item (from `pages_max`; more pages are scored all the same) |
 //! | `Scan::select_topk` | first and last unit, where each list begins; writes where it ends | the budget; units beyond `pages_max` are **not** considered: plan for the longest context |
 //! | `Sweep::page_scores`, `token_scores`, `tail` (module [`sweep`]) | first and last page of each item, masks, codes, means | items, blocks an item; more pages than `pages_max` are scored all the same |
@@ -36,8 +36,8 @@ pub mod sweep;
 
 pub use append_kv::{NewRows, append_kv};
 pub use decode::{
-    DecodeArgs, DevState, FetchPages, HOST_ENTRY, Join, Lists, Spans, SparseCall, dense_decode, fetch_attend,
-    sparse_decode, sparse_decode_joined,
+    DecodeArgs, DevState, FetchPages, HOST_ENTRY, Join, Lists, Spans, SparseCall, WholeItems, dense_decode,
+    fetch_attend, sparse_decode, sparse_decode_joined, whole_decode,
 };
 pub use fetch::{Fetch, fetch_pages, fetch_rows};
 pub use match_scan::{Ring, match_scan};

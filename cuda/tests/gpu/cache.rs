@@ -71,7 +71,7 @@ impl<E: DeviceElem> World<E> {
         }
     }
 
-    fn elems(&mut self, n: usize) -> Vec<E> {
+    pub fn elems(&mut self, n: usize) -> Vec<E> {
         (0..n).map(|_| E::from_f32(self.random.normal())).collect()
     }
 
@@ -101,7 +101,7 @@ impl<E: DeviceElem> World<E> {
         self.twin.ingest(sequence, first, &k, &v);
     }
 
-    fn check_rows(&self, name: &str) {
+    pub fn check_rows(&self, name: &str) {
         let (got, len) = (self.kv.read(&self.rig.stream).unwrap(), self.twin.shape.row_len());
         for (row, (a, b)) in got.chunks(len).zip(self.twin.kv.chunks(len)).enumerate() {
             assert!(a.iter().zip(b).all(|(a, b)| a.to_f32() == b.to_f32()), "{name}: row {row}");
@@ -134,7 +134,7 @@ impl<E: DeviceElem> World<E> {
     }
 }
 
-fn tensor<E: DeviceElem>(buffer: &DeviceBuffer<E>, shape: [usize; 3]) -> DeviceTensor {
+pub fn tensor<E: DeviceElem>(buffer: &DeviceBuffer<E>, shape: [usize; 3]) -> DeviceTensor {
     let dtype = if E::NAME == "bf16" { TensorType::Bf16 } else { TensorType::F16 };
     assert_eq!(buffer.view().len(), shape.iter().product::<usize>());
     // SAFETY: the buffer has that shape; callers wait for the stream before they drop it.
@@ -152,9 +152,10 @@ pub struct PageBuffers<E> {
     pub value_lines: DeviceBuffer<u32>,
     pub value_scales: DeviceBuffer<f16>,
     pub masks: DeviceBuffer<u16>,
+    pub spread: DeviceBuffer<f32>,
     signs: DeviceBuffer<f32>,
     host_signs: Vec<f32>,
-    built: usize,
+    pub built: usize,
 }
 
 impl<E: DeviceElem> PageBuffers<E> {
@@ -173,6 +174,7 @@ impl<E: DeviceElem> PageBuffers<E> {
             value_lines: DeviceBuffer::zeros(device, bits[1] * pages * d / 2).unwrap(),
             value_scales: DeviceBuffer::zeros(device, values).unwrap(),
             masks: DeviceBuffer::zeros(device, pages).unwrap(),
+            spread: DeviceBuffer::zeros(device, pages).unwrap(),
             signs: rig.buffer(&host_signs),
             host_signs,
             built: 0,
@@ -185,7 +187,7 @@ impl<E: DeviceElem> PageBuffers<E> {
             mean_values: self.mean_values.view_mut(),
             log_count: self.log_count.view_mut(),
             masks: Some(self.masks.view_mut()),
-            spreads: None,
+            spread: Some(self.spread.view_mut()),
             sketch: Some(PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
@@ -203,6 +205,7 @@ impl<E: DeviceElem> PageBuffers<E> {
         let (shape, place) = (world.twin.shape, world.twin.places[1]);
         let d = shape.head_dim;
         let (keys, values) = (self.mean_keys.read(stream).unwrap(), self.mean_values.read(stream).unwrap());
+        let spreads = self.spread.read(stream).unwrap();
         let (counts, masks) = (self.log_count.read(stream).unwrap(), self.masks.read(stream).unwrap());
         let lines = [self.key_lines.read(stream).unwrap(), self.value_lines.read(stream).unwrap()];
         let scales = [self.key_scales.read(stream).unwrap(), self.value_scales.read(stream).unwrap()];
@@ -216,6 +219,11 @@ impl<E: DeviceElem> PageBuffers<E> {
             assert!(got.zip(&want).all(|(a, b)| close(a.to_f32(), *b)), "{name}: means of page {page}");
             let sink = page * 16 < shape.sinks;
             assert_eq!((counts[at] == f32::NEG_INFINITY, masks[at]), (sink, if sink { 0 } else { u16::MAX }));
+            let spread = world.twin.spread(1, head, page);
+            assert!(
+                (f64::from(spreads[at]) - spread).abs() <= spread / 50.0,
+                "{name}: spread of page {page}"
+            );
             for (token, value) in (0..16).flat_map(|token| [(token, false), (token, true)]) {
                 let bits = self.bits[usize::from(value)];
                 if bits == 0 {
@@ -360,6 +368,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
             },
             num_fetch: num_fetch.view_mut(),
             tree_pages: None,
+            doubt: None,
         };
         append_step(&rig.stream, &tables, append).unwrap();
         // Tokens that move slowly, so that some are found again.
@@ -386,6 +395,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
         let ends: Vec<u32> = firsts.iter().zip(&found).map(|(first, f)| first + f.len() as u32).collect();
         let (device_found, first, end) = (rig.buffer(&flat), rig.buffer(&firsts), rig.buffer(&ends));
         let request = Resolve {
+            whole: Spans { first: ranges[2].view(), end: ranges[3].view() },
             spans: Spans { first: first.view(), end: end.view() },
             found: device_found.view(),
             unit: FoundUnit::Tokens,

@@ -7,6 +7,7 @@
 
 mod cache;
 mod decode;
+mod doubt;
 mod fetch;
 mod real;
 mod rig;

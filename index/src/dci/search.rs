@@ -5,7 +5,7 @@ use crate::blocks::{Blocks, LANES};
 use crate::error::IndexError;
 use crate::found::Found;
 use crate::index::{KeyId, Query, SearchParams, Tail};
-use crate::refine::{MASS_SPREAD, threshold};
+use crate::refine::{REACH, threshold};
 use crate::scratch::Scratch;
 use crate::search::{NODE_SPREAD, Pass};
 
@@ -135,14 +135,14 @@ impl Pass<'_> {
         ranked.clear();
         for part in first..frontier.parts.len() {
             let rest = frontier.rest_of(part);
-            let spread = &nodes.spread[Blocks::entries(frontier.parts[part].block as usize)];
+            let reach = nodes.block_reach(frontier.parts[part].block as usize);
             for lane in (0..LANES).filter(|&lane| rest[lane] > 0.0) {
                 let (mut best, mut may_hold) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
                 let heads = frontier.logits_of(part).chunks_exact(LANES).zip(norm);
                 for ((row, norm), by) in heads.zip(&quant.spread) {
                     let score = row[lane] - norm;
                     best = best.max(score);
-                    may_hold = may_hold.max(score + by * (MASS_SPREAD / NODE_SPREAD) * spread[lane]);
+                    may_hold = may_hold.max(score + by * (REACH / NODE_SPREAD) * reach[lane]);
                 }
                 if may_hold > threshold {
                     ranked.push((best + rest[lane].ln(), (part * LANES + lane) as u32));

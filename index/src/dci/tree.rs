@@ -72,17 +72,18 @@ impl Tree {
             *x = (s / f64::from(total.max(1))) as f32;
         }
         let (key, value) = row.split_at(dim);
-        let mut spread = 0.0f64;
+        let (mut spread, mut reach) = (0.0f64, 0.0f32);
         let mut child = vec![0.0f32; dim];
         let below = self.blocks(pages, level);
         for e in Blocks::entries(block).filter(|&e| below.count[e] > 0) {
             below.read_key(e, &mut child);
             let d: f32 = child.iter().zip(key).map(|(a, b)| (a - b) * (a - b)).sum::<f32>() / dim as f32;
             spread += f64::from(below.count[e]) * f64::from(d + below.spread[e]);
+            reach = reach.max(d + below.reach[e].to_f32());
         }
         let spread = (spread / f64::from(total.max(1))) as f32;
         let nodes = &mut self.levels[level];
-        nodes.set(entry, Summary { key, value, spread, count: total, child: block as u32 });
+        nodes.set(entry, Summary { key, value, spread, reach, count: total, child: block as u32 });
         self.parents[level][block] = entry as u32;
     }
 

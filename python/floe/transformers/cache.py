@@ -29,8 +29,8 @@ class FloeCache(Cache):
     prompt, whole or in chunks; the check of drafted tokens), one of a single token as the policy says.
 
     Tensors on the CPU are attended there. With tensors on a CUDA device (a wheel with the feature `cuda`) hot rows and summaries
-    lie on the device and everything else in host memory; the first forward pass is attended by SDPA, and the tokens of all
-    later ones as the policy says.
+    lie on the device and everything else in host memory; forward passes of several tokens are attended by SDPA, for which the
+    stored rows of one layer at a time are brought back to the device.
 
     Args:
         config: the model's configuration.
@@ -250,15 +250,15 @@ class FloeCache(Cache):
             "batch": len(self._rows),
             "num_tokens": self.get_seq_length(),
             "real": None if self._real is None else self._real.int().tolist(),
-            "dtype": self._rows.engine.config["dtype"],
+            "dtype": DTYPES[self._rows.dtype],
         }
         save_file(tensors, folder / _SLIDING)
         # Last, so that a folder with a manifest is complete.
         (folder / _MANIFEST).write_text(json.dumps(manifest))
         return num_bytes + (folder / _SLIDING).stat().st_size
 
-    def restore(self, folder: str | os.PathLike[str]) -> FloeCache:
-        """Fills this cache, which must be empty, from a folder that `save` wrote, and returns it.
+    def restore(self, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> FloeCache:
+        """Fills this cache, which must be empty, from a folder that `save` wrote, on whichever device, and returns it.
 
         Raises:
             ValueError: not a saved cache, one of another model, or this cache holds tokens.
@@ -270,8 +270,14 @@ class FloeCache(Cache):
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest.get("kind") != "floe-cache/1":
             raise ValueError(f"{folder / _MANIFEST}: field `kind` = {manifest.get('kind')}: must be floe-cache/1")
-        rows = HostRows.restore(self._settings, manifest["dtype"], folder, manifest["batch"])
-        tensors = load_file(folder / _SLIDING)
+        device = torch.device(device)
+        saved = (manifest["dtype"], folder, manifest["batch"])
+        if device.type == "cuda":
+            place = (device, self._max_tokens, self._resident)
+            rows = CudaRows.restore(self._settings, *saved, place)
+        else:
+            rows = HostRows.restore(self._settings, *saved)
+        tensors = load_file(folder / _SLIDING, device=str(device))
         for number, layer in enumerate(self.layers):
             if isinstance(layer, FloeLayer):
                 layer.num_tokens, layer.is_initialized = manifest["num_tokens"], True

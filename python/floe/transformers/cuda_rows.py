@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import _floe
-from .rows import Plan, Tensors
+from .rows import Plan, Tensors, row_file, torch_dtype
 
 #: What the device runs for the policy `floe`: the same idea over consecutive pages, which it can score all at once.
 DEVICE_FLOE = "pagemean:sketch=k1,tail=page"
@@ -38,6 +39,7 @@ class CudaRows:
             warnings.warn(f"policy `floe` is `{DEVICE_FLOE}` on a CUDA device", stacklevel=2)
             settings["policy"] = DEVICE_FLOE
         self.device = device
+        self.dtype = torch_dtype(dtype)
         self.engine = _floe.CudaEngine(
             **settings,
             device=device.index or 0,
@@ -56,11 +58,10 @@ class CudaRows:
     wants_q_pre = False
 
     def attend(self, layer: int, tensors: Tensors, scale: float, plan: Plan) -> torch.Tensor:
-        """As `HostRows.attend`. The first forward pass is attended by SDPA; the tokens of later ones, however many, one by
-        one as the policy says: the earlier keys are no longer on the device."""
+        """As `HostRows.attend`."""
         query, key, value = tensors.query, tensors.key, tensors.value
-        if plan.first:
-            return self._prompt(layer, query, key, value, scale, plan)
+        if not plan.sparse:
+            return self._exactly(layer, query, key, value, scale, plan)
         if plan.num_tokens == 1 and plan.whole:
             # The common step. Each operation counts here: the device waits for Python more than for the device.
             batch, num_heads, _, head_dim = query.shape
@@ -70,31 +71,52 @@ class CudaRows:
         steps = [self._step(layer, query, key, value, scale, (plan, token)) for token in range(plan.num_tokens)]
         return torch.stack(steps, dim=1)
 
-    def _prompt(
+    def _exactly(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, plan: Plan
     ) -> torch.Tensor:
-        exact = {"is_causal": True, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        """By SDPA: over the new rows, and before them those that are stored, brought back row by row of the batch."""
         stream = self._stream(plan)
-        if plan.whole:
-            out = scaled_dot_product_attention(query, key, value, **exact).transpose(1, 2)
+        at_once = plan.first and plan.whole
+        if at_once:
+            grouped = query.shape[1] != key.shape[1]
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+            out = out.transpose(1, 2)
         else:
             out = query.new_zeros(query.shape).transpose(1, 2).contiguous()
         for row, (sequence, real) in enumerate(zip(self.sequences, plan.real, strict=True)):
             one = slice(row, row + 1)
-            qkv = [tensor[one] for tensor in (query, key, value)]
+            q, k, v = (tensor[one] for tensor in (query, key, value))
             if real is not None:
                 real = real.to(self.device)
-                qkv = [tensor.index_select(2, real) for tensor in qkv]
-            if not plan.whole and qkv[0].shape[2]:
-                attended = scaled_dot_product_attention(*qkv, **exact).transpose(1, 2)[0]
+                q, k, v = (tensor.index_select(2, real) for tensor in (q, k, v))
+            if not q.shape[2]:
+                continue
+            if not at_once:
+                stored = 0 if plan.first else self.engine.num_tokens(sequence, layer)
+                keys, values = (k, v) if stored == 0 else self._after_stored(layer, sequence, stored, k, v, stream)
+                mask = causal_lower_right(q.shape[2], keys.shape[2])
+                grouped = q.shape[1] != k.shape[1]
+                attended = scaled_dot_product_attention(q, keys, values, mask, scale=scale, enable_gqa=grouped)
+                attended = attended.transpose(1, 2)[0]
                 if real is None:
                     out[row] = attended
                 else:
                     out[row].index_copy_(0, real, attended)
-            self.engine.prefill(
-                sequence, layer, qkv[1][0].transpose(0, 1), qkv[2][0].transpose(0, 1), stream=stream
-            )
+            self.engine.prefill(sequence, layer, k[0].transpose(0, 1), v[0].transpose(0, 1), stream=stream)
         return out.contiguous()
+
+    def _after_stored(
+        self, layer: int, sequence: int, stored: int, key: torch.Tensor, value: torch.Tensor, stream: int
+    ) -> list[torch.Tensor]:
+        """Stored keys and values, and behind them new ones: [1, heads, tokens, head_dim] each, one layer's at a time."""
+        _, heads, num_tokens, head_dim = key.shape
+        # In the cache's type, as it stores the new rows too.
+        both = [torch.empty(1, heads, stored + num_tokens, head_dim, dtype=self.dtype, device=key.device) for _ in "kv"]
+        k, v = (tensor[0, :, :stored].transpose(0, 1) for tensor in both)
+        self.engine.gather(sequence, layer, 0, k, v, stream=stream)
+        for tensor, new in zip(both, (key, value)):
+            tensor[:, :, stored:] = new
+        return [tensor.to(key.dtype) for tensor in both]
 
     def _step(
         self,
@@ -124,21 +146,35 @@ class CudaRows:
             self.engine.truncate(sequence, length, self._stream())
 
     def take(self, rows: list[int]) -> None:
-        """As `HostRows.take`, but no row more than once."""
-        if len(set(rows)) < len(rows):
-            raise ValueError("beam search and repeated rows: a sequence on a CUDA device cannot be forked")
+        """As `HostRows.take`, for at most as many rows as the cache was opened for."""
         for row, sequence in enumerate(self.sequences):
             if row not in rows:
                 self.engine.close(sequence)
-        self.sequences = [self.sequences[row] for row in rows]
+        taken: set[int] = set()
+        new = []
+        for row in rows:
+            new.append(self.engine.fork(self.sequences[row], self._stream()) if row in taken else self.sequences[row])
+            taken.add(row)
+        self.sequences = new
 
     def set_policy(self, policy: str, budget: int) -> None:
         """Not on a device: its memory is laid out for the policy it was opened with."""
         raise ValueError(f"policy `{policy}`, budget {budget}: cannot be changed on a CUDA device once tokens are stored")
 
     def save(self, folder: Path) -> int:
-        """Not on a device."""
-        raise ValueError(f"{folder}: a cache on a CUDA device cannot be saved")
+        """As `HostRows.save`; waits for the device."""
+        return sum(self.engine.save(row, row_file(folder, number)) for number, row in enumerate(self.sequences))
+
+    @classmethod
+    def restore(
+        cls, settings: dict[str, Any], dtype: str, folder: Path, batch: int, place: tuple[torch.device, int, float]
+    ) -> CudaRows:
+        """Opens what `save`, or `HostRows.save`, wrote. `place`: device, `max_tokens` and `resident`."""
+        rows = cls(settings, dtype, batch, *place)
+        for number, sequence in enumerate(rows.sequences):
+            rows.engine.close(sequence)
+            rows.sequences[number] = rows.engine.restore(row_file(folder, number), rows._stream())
+        return rows
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict for all rows; waits for the device."""

@@ -14,6 +14,16 @@ from .. import Engine, Sequence
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The element type that `floe.Engine` calls so."""
+    return next(dtype for dtype, own in DTYPES.items() if own == name)
+
+
+def row_file(folder: Path, number: int) -> Path:
+    """Where a saved cache has a row of the batch."""
+    return folder / f"row{number}.floe"
+
+
 @dataclass
 class Plan:
     """One forward pass: how many tokens it adds to each row, and which of them are no padding."""
@@ -54,6 +64,7 @@ class HostRows:
 
     def __init__(self, settings: dict[str, Any], dtype: str, batch: int):
         self.engine = Engine(**settings, dtype=dtype)
+        self.dtype = torch_dtype(dtype)
         self.sequences: list[Sequence] = [self.engine.admit() for _ in range(batch)]
 
     def __len__(self) -> int:
@@ -101,13 +112,13 @@ class HostRows:
 
     def save(self, folder: Path) -> int:
         """Writes each row to a file of the folder; their bytes."""
-        return sum(row.save(folder / f"row{number}.floe") for number, row in enumerate(self.sequences))
+        return sum(row.save(row_file(folder, number)) for number, row in enumerate(self.sequences))
 
     @classmethod
     def restore(cls, settings: dict[str, Any], dtype: str, folder: Path, batch: int) -> HostRows:
         """Opens what `save` wrote."""
         rows = cls(settings, dtype, 0)
-        rows.sequences = [rows.engine.restore(folder / f"row{number}.floe") for number in range(batch)]
+        rows.sequences = [rows.engine.restore(row_file(folder, number)) for number in range(batch)]
         return rows
 
     def metrics(self) -> list[dict[str, Any]]:

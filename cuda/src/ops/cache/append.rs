@@ -18,6 +18,12 @@ struct AppendStepParams {
     num_fetch: u64,
     tree_pages: u64,
     fault: u64,
+    spread: u64,
+    spread_sums: u64,
+    warm: u64,
+    doubted: u64,
+    noticed: u64,
+    doubt: f32,
     q_type: u32,
     kv_type: u32,
     num_rows: u32,
@@ -30,10 +36,30 @@ pub struct Ranges<'a> {
     pub page_first: DevMut<'a, u32>,
     /// One past them.
     pub page_end: DevMut<'a, u32>,
-    /// Rows of a dense sequence.
+    /// Rows of an item that attends all of its tokens, in order of position: of `kv`, or of host memory (see [`DoubtCheck::warm`]).
     pub row_first: DevMut<'a, u32>,
-    /// One past them; `row_first` for a sequence with slots.
+    /// One past them; `row_first` for an item that selects.
     pub row_end: DevMut<'a, u32>,
+}
+
+/// How an item finds out that its logits, estimated from key codes, are in doubt: it then attends all of its tokens, and its pages
+/// are none. The estimates err with the variance `scale^2 |q|^2 spread * distortion of the code`, `|q|^2` the mean over its
+/// queries, `spread` that over its published pages.
+#[derive(Debug)]
+pub struct DoubtCheck<'a> {
+    /// `scale^2 * distortion / bound^2`, the bound in nats; not NaN.
+    pub factor: f32,
+    /// Mean square of a page's key residuals, `[pages]`; device.
+    pub spread: DevRef<'a, f32>,
+    /// [sequences, heads] pages after the sinks that are summed up, and bits of the f32 sum of their spreads: zeros before a
+    /// sequence's first step and after its truncation; device.
+    pub sums: DevMut<'a, [u32; 2]>,
+    /// `[items]`, written: device address of the item's chunks where its rows are in host memory, else 0.
+    pub warm: DevMut<'a, u64>,
+    /// One word: items in doubt are added; device.
+    pub doubted: DevMut<'a, u64>,
+    /// One word, becomes 1 with the first item in doubt; host-mapped.
+    pub noticed: DevMut<'a, u32>,
 }
 
 /// A step's new tokens and queries, and where they go.
@@ -55,6 +81,8 @@ pub struct AppendStep<'a, E> {
     pub num_fetch: DevMut<'a, u32>,
     /// Pages of the tree of each kv head, [sequences, heads]; `None`: pages are runs of 16 tokens. Device.
     pub tree_pages: Option<DevRef<'a, u32>>,
+    /// `None`: no item is in doubt.
+    pub doubt: Option<DoubtCheck<'a>>,
 }
 
 /// Stores the new token of every entry, on the device and in host memory, and readies queries and ranges.
@@ -87,6 +115,13 @@ pub fn append_step<E: DeviceElem>(
     if let Some(pages) = step.tree_pages {
         pages.check("tree_pages", tables.sequences.len() * shape.heads)?;
     }
+    if let Some(doubt) = &step.doubt {
+        doubt.sums.check("sums", tables.sequences.len() * shape.heads)?;
+        doubt.warm.check("warm", items)?;
+        doubt.doubted.check("doubted", 1)?;
+        doubt.noticed.check("noticed", 1)?;
+    }
+    let of_doubt = |address: fn(&DoubtCheck<'_>) -> u64| step.doubt.as_ref().map_or(0, address);
     let ([q0, q1], [k0, k1], [v0, v1]) = (step.q.strides_64(), step.k.strides_64(), step.v.strides_64());
     let params = AppendStepParams {
         cache: tables.params()?,
@@ -100,6 +135,12 @@ pub fn append_step<E: DeviceElem>(
         num_fetch: step.num_fetch.address(),
         tree_pages: step.tree_pages.map_or(0, |pages| pages.address()),
         fault: stream.device().fault_address(),
+        spread: of_doubt(|doubt| doubt.spread.address()),
+        spread_sums: of_doubt(|doubt| doubt.sums.address()),
+        warm: of_doubt(|doubt| doubt.warm.address()),
+        doubted: of_doubt(|doubt| doubt.doubted.address()),
+        noticed: of_doubt(|doubt| doubt.noticed.address()),
+        doubt: step.doubt.as_ref().map_or(0.0, |doubt| doubt.factor),
         q_type: step.q.dtype() as u32,
         kv_type: step.k.dtype() as u32,
         num_rows: word("kv", num_rows)?,

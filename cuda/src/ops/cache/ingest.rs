@@ -116,6 +116,9 @@ pub fn refill<E: DeviceElem>(
         let expected = "one of the sequences";
         return Err(DeviceError::Unsupported { field: "sequence", value: sequence, expected });
     }
+    if run.is_empty() {
+        return Ok(());
+    }
     word("position", run.end)?;
     let num_rows = kv.len() / shape.row_len();
     kv.check("kv", num_rows * shape.row_len())?;

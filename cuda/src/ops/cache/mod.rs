@@ -1,4 +1,4 @@
-//! Launchers of the kernels that keep the engine's cache on the device: append, ingest, page summaries, slots, output.
+//! Launchers of the kernels that keep the engine's cache on the device: append, ingest and gather, page summaries, slots, output.
 //!
 //! ```text
 //! append_step ─> page_scores ─> select_topk ─> resolve ─> fetch_listed ─> sparse_decode ─┐
@@ -10,6 +10,7 @@
 
 mod append;
 mod finish;
+mod gather;
 mod ingest;
 mod pages;
 mod resolve;
@@ -18,8 +19,9 @@ mod tree;
 
 use bytemuck::{Pod, Zeroable};
 
-pub use append::{AppendStep, Ranges, append_step};
+pub use append::{AppendStep, DoubtCheck, Ranges, append_step};
 pub use finish::{FINISH_PARTS_MAX, FinishStart, finish};
+pub use gather::{Gather, gather};
 pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
 pub use resolve::{FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve};

@@ -32,7 +32,7 @@ pub(super) struct PageOutParams {
     codes: [u64; 4],
     masks: u64,
     signs: u64,
-    spreads: u64,
+    spread: u64,
     key_bits: u32,
     value_bits: u32,
 }
@@ -73,8 +73,9 @@ pub struct Pages<'a, E> {
     pub log_count: DevMut<'a, f32>,
     /// Places of each page that hold a token which counts, `[pages]`; `None`: nobody asks.
     pub masks: Option<DevMut<'a, u16>>,
-    /// Mean squared deviation of a coordinate of a page's keys from their mean, `[pages]`; `None`: nobody asks.
-    pub spreads: Option<DevMut<'a, f32>>,
+    /// Mean square of the coordinates of the keys' residuals to their mean, `[pages]`, with a sketch as of 16 tokens in any case;
+    /// `None`: nobody asks.
+    pub spread: Option<DevMut<'a, f32>>,
     /// Sketches of keys and values; not for head_dim 96.
     pub sketch: Option<PageSketch<'a>>,
 }
@@ -105,8 +106,8 @@ impl<E: DeviceElem> Pages<'_, E> {
         if let Some(masks) = &self.masks {
             masks.check("masks", num_pages)?;
         }
-        if let Some(spreads) = &self.spreads {
-            spreads.check("spreads", num_pages)?;
+        if let Some(spread) = &self.spread {
+            spread.check("spread", num_pages)?;
         }
         let mut out = PageOutParams {
             mean_keys: self.mean_keys.address(),
@@ -115,7 +116,7 @@ impl<E: DeviceElem> Pages<'_, E> {
             codes: [0; 4],
             masks: self.masks.as_ref().map_or(0, DevMut::address),
             signs: 0,
-            spreads: self.spreads.as_ref().map_or(0, DevMut::address),
+            spread: self.spread.as_ref().map_or(0, DevMut::address),
             key_bits: 0,
             value_bits: 0,
         };

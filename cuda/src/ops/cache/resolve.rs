@@ -14,6 +14,8 @@ const FETCH_BLOCKS: u32 = 64;
 #[repr(C)]
 struct ResolveParams {
     cache: CacheParams,
+    row_first: u64,
+    row_end: u64,
     found_first: u64,
     found_end: u64,
     found: u64,
@@ -84,6 +86,8 @@ pub enum FoundUnit {
 /// What a step attends, and where the answer goes.
 #[derive(Debug)]
 pub struct Resolve<'a> {
+    /// Rows of items that attend all of their tokens, which have nothing listed; see [`super::Ranges`].
+    pub whole: Spans<'a>,
     /// Retrieved units of each item, in `found`.
     pub spans: Spans<'a>,
     /// Units, none twice, together at most `retrieved` tokens of an item; device.
@@ -118,6 +122,8 @@ pub fn resolve<E: DeviceElem>(
             expected: "at most 4096",
         });
     }
+    step.whole.first.check("row_first", items)?;
+    step.whole.end.check("row_end", items)?;
     step.spans.first.check("found_first", items)?;
     step.spans.end.check("found_end", items)?;
     let list_each = shape.fixed_max() + step.retrieved;
@@ -132,6 +138,8 @@ pub fn resolve<E: DeviceElem>(
     fetch.num.check("num_fetch", 1)?;
     let params = ResolveParams {
         cache: tables.params()?,
+        row_first: step.whole.first.address(),
+        row_end: step.whole.end.address(),
         found_first: step.spans.first.address(),
         found_end: step.spans.end.address(),
         found: step.found.address(),

@@ -102,6 +102,15 @@ impl<E: KvElem> HostCache<E> {
         sums.iter().map(|sum| E::from_f32((sum / 16.0) as f32).to_f32()).collect()
     }
 
+    /// Mean square of the coordinates of a page's key residuals.
+    pub fn spread(&self, sequence: usize, head: usize, page: usize) -> f64 {
+        let d = self.shape.head_dim;
+        let means = self.means(sequence, head, page);
+        let rows = (page * 16..page * 16 + 16).filter_map(|token| self.warm.get(&(sequence, head, token)));
+        let residuals = rows.flat_map(|row| row[..d].iter().zip(&means).map(|(x, mean)| x.to_f32() - mean));
+        residuals.map(|x| f64::from(x).powi(2)).sum::<f64>() / (16 * d) as f64
+    }
+
     /// Residual of a token's key (`value`: value) to its page's mean, times `signs`, Walsh-Hadamard transformed.
     pub fn rotated(&self, (sequence, head, token): WarmRow, value: bool, signs: &[f32]) -> Vec<f64> {
         let d = self.shape.head_dim;

@@ -28,8 +28,8 @@ pub(super) fn above(
     masks: &mut [u16],
     (exps, sums): (&mut [f32], &mut [f32]),
 ) -> u16 {
-    let (rest, spread) = (&part.rest.as_chunks().0[0], &limits.spread.as_chunks().0[0]);
-    let (rest, spread) = (load(rest), load(spread));
+    let (rest, reach) = (&part.rest.as_chunks().0[0], &limits.reach.as_chunks().0[0]);
+    let (rest, reach) = (load(rest), load(reach));
     let there = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(rest, _mm512_setzero_ps());
     let mut any = 0;
     let rows = part.logits.as_chunks::<LANES>().0.iter().zip(exps.as_chunks_mut::<LANES>().0);
@@ -37,7 +37,7 @@ pub(super) fn above(
     for ((((row, exps), sums), mask), (&limit, &boost)) in
         rows.zip(masks.iter_mut()).zip(limits.limit.iter().zip(limits.boost))
     {
-        let logit = _mm512_add_ps(load(row), _mm512_mul_ps(_mm512_set1_ps(boost), spread));
+        let logit = _mm512_add_ps(load(row), _mm512_mul_ps(_mm512_set1_ps(boost), reach));
         *mask = _mm512_mask_cmp_ps_mask::<_CMP_GT_OQ>(there, logit, _mm512_set1_ps(limit));
         let kept = _mm512_maskz_mov_ps(!*mask, load(exps));
         store(exps, kept);

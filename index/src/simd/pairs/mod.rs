@@ -33,15 +33,15 @@ macro_rules! dispatch {
     };
 }
 
-/// When a page is told apart for a head: `logit + boost * spread > limit`.
+/// When a page is told apart for a head: `logit + boost * reach > limit`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits<'a> {
     /// `[group]`
     pub limit: &'a [f32],
     /// `[group]`
     pub boost: &'a [f32],
-    /// `[16]` spread of the entries.
-    pub spread: &'a [f32],
+    /// `[16]` reach of the entries.
+    pub reach: &'a [f32],
 }
 
 /// What turns residual scores into logits.
@@ -80,7 +80,7 @@ pub(crate) fn above(
 ) -> u16 {
     let group = masks.len();
     assert_eq!((part.logits.len(), part.rest.len(), exps.len()), (group * LANES, LANES, group * LANES));
-    assert_eq!((limits.limit.len(), limits.boost.len(), limits.spread.len()), (group, group, LANES));
+    assert_eq!((limits.limit.len(), limits.boost.len(), limits.reach.len()), (group, group, LANES));
     assert_eq!(sums.len(), exps.len(), "one sum a head and lane");
     dispatch!(isa, above(part, limits, masks, (exps, sums)))
 }

@@ -21,7 +21,7 @@ pub(super) fn above(
     {
         *mask = 0;
         for lane in 0..LANES {
-            if part.rest[lane] > 0.0 && row[lane] + boost * limits.spread[lane] > limit {
+            if part.rest[lane] > 0.0 && row[lane] + boost * limits.reach[lane] > limit {
                 *mask |= 1 << lane;
                 exps[lane] = 0.0;
             }

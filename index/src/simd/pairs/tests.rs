@@ -57,13 +57,13 @@ fn same<T: PartialEq + std::fmt::Debug>(run: impl Fn(Isa) -> T) -> T {
 fn lanes_above_the_limit_leave_the_exponentials() {
     for group in 1..=9 {
         let mut case = Case::new(group);
-        let (logits, spread) = (case.floats(group * LANES), case.floats(LANES));
+        let (logits, reach) = (case.floats(group * LANES), case.floats(LANES));
         let (limit, boost) = (case.floats(group), case.floats(group));
         let (exps, before) = (case.floats(group * LANES), case.floats(group * LANES));
         let rest: Vec<f32> = (0..LANES).map(|lane| (lane % 3) as f32).collect();
         let (any, masks, left, sums) = same(|isa| {
             let (mut exps, mut sums, mut masks) = (exps.clone(), before.clone(), vec![0u16; group]);
-            let limits = Limits { limit: &limit, boost: &boost, spread: &spread };
+            let limits = Limits { limit: &limit, boost: &boost, reach: &reach };
             let part = Part { logits: &logits, rest: &rest };
             let any = above(isa, part, limits, &mut masks, (&mut exps, &mut sums));
             (any, masks, bits(&exps), bits(&sums))
@@ -72,7 +72,7 @@ fn lanes_above_the_limit_leave_the_exponentials() {
         for (h, mask) in masks.iter().enumerate() {
             for lane in 0..LANES {
                 let at = h * LANES + lane;
-                let wanted = rest[lane] > 0.0 && logits[at] + boost[h] * spread[lane] > limit[h];
+                let wanted = rest[lane] > 0.0 && logits[at] + boost[h] * reach[lane] > limit[h];
                 assert_eq!(mask >> lane & 1 == 1, wanted);
                 let kept = if wanted { 0.0 } else { exps[at] };
                 assert_eq!(left[at], kept.to_bits());
