@@ -32,12 +32,16 @@ pub struct GpuReport {
 pub struct TreeReport {
     /// Threads that work on them.
     pub threads: usize,
-    /// Batches of tokens that joined a tree: one a kv head for the prompt, then one for every sixteen tokens.
+    /// Trees that were built: one a kv head and prompt.
+    pub builds: u64,
+    /// Microseconds of all threads together for them.
+    pub build_us: f64,
+    /// Batches of tokens that joined a tree later: one a kv head for every sixteen tokens.
     pub batches: u64,
-    /// Microseconds of all threads together.
-    pub worker_us: f64,
-    /// Pages that the device built or cleared.
-    pub pages_sent: u64,
+    /// Microseconds of all threads together for them.
+    pub batch_us: f64,
+    /// Pages that the device built or cleared for them.
+    pub batch_pages: u64,
     /// Steps of a layer that waited for the threads: the first after a prompt, others only where the threads are too slow.
     pub waits: u64,
 }

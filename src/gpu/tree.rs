@@ -40,6 +40,8 @@ pub(super) struct Rows {
 pub(super) struct Outcome {
     /// Tokens `..end` are in the tree now.
     pub(super) end: usize,
+    /// Tokens that joined.
+    pub(super) tokens: usize,
     /// Pages that changed.
     pub(super) pages: Vec<TreePage>,
     /// Pages that a step has to look at.
@@ -184,7 +186,7 @@ impl TreeShard {
                 tree.mirror.restart();
             }
             let pages = tree.changes().ok_or_else(|| self.no_room())?;
-            outcomes.push(Outcome { end, pages, used: tree.mirror.used(), micros: 0.0 });
+            outcomes.push(Outcome { end, tokens: 0, pages, used: tree.mirror.used(), micros: 0.0 });
         }
         Ok(outcomes)
     }
@@ -207,7 +209,8 @@ impl TreeShard {
         };
         tree.end = rows.end;
         let micros = start.elapsed().as_secs_f64() * 1e6;
-        Ok(Outcome { end: rows.end, pages, used: tree.mirror.used(), micros })
+        let tokens = rows.end - rows.first;
+        Ok(Outcome { end: rows.end, tokens, pages, used: tree.mirror.used(), micros })
     }
 
     fn no_room(&self) -> Error {

@@ -101,6 +101,12 @@ impl<E: DeviceElem> GpuEngine<E> {
         self.submit_trees((seq, layer.0), end, stream)
     }
 
+    /// Waits until everything that was begun with [`GpuEngine::index`] or by steps is in the trees.
+    pub fn wait_for_trees(&self) {
+        let layers = self.trees.iter().flat_map(|trees| trees.open.values()).flatten().flatten();
+        layers.flat_map(|layer| &layer.shards).for_each(|shard| shard.rest());
+    }
+
     /// Has the tokens `..end` of a layer, whose rows are queued, join its trees.
     fn submit_trees(&mut self, (seq, layer): (SeqId, usize), end: usize, stream: &Stream) -> Result<()> {
         let Some(trees) = &mut self.trees else { return Ok(()) };
@@ -192,13 +198,19 @@ impl<E: DeviceElem> GpuEngine<E> {
         for (used, of_shard) in used.iter_mut().zip(outcomes) {
             for outcome in of_shard {
                 *used = outcome.used;
-                trees.report.batches += 1;
-                trees.report.worker_us += outcome.micros;
+                let report = &mut trees.report;
+                if outcome.tokens > PAGE_TOKENS {
+                    report.builds += 1;
+                    report.build_us += outcome.micros;
+                } else {
+                    report.batches += 1;
+                    report.batch_us += outcome.micros;
+                    report.batch_pages += outcome.pages.len() as u64;
+                }
                 pages.extend(outcome.pages.iter().map(|page| ((page.head, page.page), *page)));
             }
         }
         let pages: Vec<TreePage> = pages.into_values().collect();
-        trees.report.pages_sent += pages.len() as u64;
         let memory = &mut self.layers[layer];
         let tables = Tables {
             shape: self.plan.shape,
