@@ -95,6 +95,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             rows_fetched: fetched,
             bytes_fetched: fetched * (self.plan.shape.row_len() * size_of::<E>()) as u64,
             rule: self.cost.to_string(),
+            tree: self.trees.as_ref().map(|trees| trees.report),
         })
     }
 
@@ -139,7 +140,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             let place = open.place;
             let first = (place.pages + (item % shape.heads) as u32 * place.pages_each) * 16;
             let mut retrieved: Vec<u32> = match read.found.get(item) {
-                Some(units) if self.plan.by_token() => units.iter().map(|unit| unit - first).collect(),
+                Some(units) if self.plan.lists_tokens() => units.iter().map(|unit| unit - first).collect(),
                 Some(units) => {
                     units.iter().flat_map(|page| (0..16).map(move |i| page * 16 + i - first)).collect()
                 }
