@@ -166,7 +166,9 @@ impl<E: DeviceElem> GpuEngine<E> {
         let batch = self.batch.view().slice(0..shape.entries).map_err(DeviceError::from)?;
         let step = Followed { plan, batch, sequences: self.sequences.view(), parity: shape.parity };
         let lists = ahead.follow(stream, memory)?;
-        let Some(units) = chain.select_ahead(lists, plan, &mut self.shared)? else { return Ok(()) };
+        let Some(units) = chain.select_ahead(lists, (plan, &mut self.shared), &memory.pages)? else {
+            return Ok(());
+        };
         Ok(ahead.fetch(units, &step, (memory, &mut self.shared.clock))?)
     }
 

@@ -112,9 +112,11 @@ impl Shared {
 
 impl Scores {
     /// What is selected from.
-    fn units(&mut self, plan: &Plan) -> UnitsMut<'_> {
+    fn units<'a, E: DeviceElem>(&'a mut self, plan: &Plan, pages: &'a PageMemory<E>) -> UnitsMut<'a> {
         if plan.by_token() {
             UnitsMut::Tokens { scores: self.pages.view(), residuals: self.residuals.view_mut() }
+        } else if plan.tree {
+            UnitsMut::PagesOfTokens { scores: self.pages.view_mut(), masks: pages.masks.view() }
         } else {
             UnitsMut::Pages(self.pages.view_mut())
         }
@@ -316,6 +318,7 @@ impl<E: DeviceElem> Chain<E> {
             },
             num_fetch: self.num_fetch.view_mut(),
             num_ahead: ahead.as_mut().map(|ahead| ahead.num.view_mut()),
+            tree_pages: plan.tree.then(|| pages.tree_pages.view()),
             doubt,
         };
         shared.clock.time(Stage::Append, stream, || append_step(stream, tables, append))?;
@@ -356,10 +359,12 @@ impl<E: DeviceElem> Chain<E> {
         let scores = &mut shared.scores[self.shape.parity];
         shared.forks[0].record(stream)?;
         shared.sides[0].wait(&shared.forks[0])?;
-        let built = memory.write(shared.signs.as_ref());
         let side = &shared.sides[0];
-        let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
-        shared.clock.time(Stage::Pages, side, work)?;
+        if !plan.tree {
+            let built = memory.write(shared.signs.as_ref());
+            let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
+            shared.clock.time(Stage::Pages, side, work)?;
+        }
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         if let Some(Whole { plan: attend, state, warm }) = &mut sparse.whole {
@@ -389,8 +394,12 @@ impl<E: DeviceElem> Chain<E> {
             let work = || sparse.sweep.token_scores(stream, query, &means, &codes, to);
             shared.clock.time(Stage::Scan, stream, work)?;
         } else {
-            let summaries =
-                Summaries { keys: memory.mean_keys.view(), log_count: memory.log_count.view(), pages };
+            let summaries = Summaries {
+                keys: memory.mean_keys.view(),
+                log_count: memory.log_count.view(),
+                pages,
+                spreads: plan.tree.then(|| (memory.spread.view(), floe_index::export::PAGE_SPREAD)),
+            };
             let (to, lse) = (scores.pages.view_mut(), sparse.unit_lse.view_mut());
             let work = || sparse.sweep.page_scores(stream, query, &summaries, to, lse);
             shared.clock.time(Stage::Scan, stream, work)?;
@@ -399,14 +408,15 @@ impl<E: DeviceElem> Chain<E> {
             pages,
             lse: sparse.unit_lse.view(),
             attended: None,
-            ids: None,
+            ids: plan.tree.then(|| memory.tokens.view()),
             budget: plan.units() as u32,
             budgets: None,
             list_first: sparse.found_first.view(),
             list_end: sparse.found_end.view_mut(),
             list: sparse.found.view_mut(),
         };
-        let work = || sparse.sweep.select(stream, selection, scores.units(plan));
+        let units = scores.units(plan, memory);
+        let work = || sparse.sweep.select(stream, selection, units);
         shared.clock.time(Stage::Select, stream, work)?;
         let tail = {
             let (scores, residuals) = (scores.pages.view(), scores.residuals.view());
@@ -438,7 +448,7 @@ impl<E: DeviceElem> Chain<E> {
             whole: whole_rows,
             spans: Spans { first: sparse.found_first.view(), end: sparse.found_end.view() },
             found: sparse.found.view(),
-            unit: if plan.by_token() { FoundUnit::Tokens } else { FoundUnit::Pages },
+            unit: if plan.lists_tokens() { FoundUnit::Tokens } else { FoundUnit::Pages },
             retrieved: plan.retrieved,
             list: sparse.list.view_mut(),
             list_end: sparse.list_end.view_mut(),
@@ -472,8 +482,8 @@ impl<E: DeviceElem> Chain<E> {
     pub(super) fn select_ahead(
         &mut self,
         stream: &Stream,
-        plan: &Plan,
-        shared: &mut Shared,
+        (plan, shared): (&Plan, &mut Shared),
+        pages: &PageMemory<E>,
     ) -> Result<Option<&AheadList>, DeviceError> {
         let Some(Sparse { sweep, unit_lse, ahead: Some(ahead), .. }) = &mut self.sparse else {
             return Ok(None);
@@ -489,7 +499,7 @@ impl<E: DeviceElem> Chain<E> {
             list_end: ahead.end.view_mut(),
             list: ahead.list.view_mut(),
         };
-        let units = shared.scores[self.shape.parity].units(plan);
+        let units = shared.scores[self.shape.parity].units(plan, pages);
         shared.clock.time(Stage::Ahead, stream, || sweep.select(stream, selection, units))?;
         Ok(Some(ahead))
     }

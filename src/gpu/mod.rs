@@ -41,12 +41,15 @@ mod host;
 mod host_io;
 mod inspect;
 mod layer;
+mod mirror;
 mod options;
 mod persist;
 mod places;
 mod profile;
 mod report;
 mod runs;
+mod tree;
+mod trees;
 
 pub use clock::{Stage, StageSpan};
 pub use cost::{CostModel, Load};
@@ -60,4 +63,4 @@ pub use profile::{
     DeviceProfilePlan, DeviceProfileRow, StageRow, device_profile, device_profile_html, device_profile_table,
     overlap_table, step_overlap,
 };
-pub use report::{GpuMemory, GpuReport, LastStep};
+pub use report::{GpuMemory, GpuReport, LastStep, TreeReport};

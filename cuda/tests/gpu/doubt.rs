@@ -83,6 +83,7 @@ impl<E: DeviceElem> Step<E> {
             },
             num_fetch: self.num_fetch.view_mut(),
             num_ahead: None,
+            tree_pages: None,
             doubt: Some(DoubtCheck {
                 factor,
                 spread: buffers.spread.view(),

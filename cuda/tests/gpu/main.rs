@@ -15,3 +15,4 @@ mod states;
 #[path = "../support/mod.rs"]
 mod support;
 mod sweep;
+mod trees;

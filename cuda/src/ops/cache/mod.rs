@@ -15,6 +15,7 @@ mod ingest;
 mod pages;
 mod resolve;
 mod tensor;
+mod tree;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -27,6 +28,7 @@ pub use resolve::{
     Ahead, FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve, resolve_ahead,
 };
 pub use tensor::{DeviceTensor, TensorType};
+pub use tree::{TreePage, TreePages, build_tree_pages};
 
 use super::{check_head_dim, word};
 use crate::device::{DevRef, DeviceError};

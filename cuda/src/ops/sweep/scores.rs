@@ -25,6 +25,9 @@ pub struct Summaries<'a, E> {
     pub log_count: DevRef<'a, f32>,
     /// Pages of each item; first ones are multiples of 16.
     pub pages: Spans<'a>,
+    /// Mean squared deviation of a coordinate of each page's keys from their mean, `[pages]`, device, and what a score gains per
+    /// `|q|^2 scale^2` times it, finite; `None`: nothing.
+    pub spreads: Option<(DevRef<'a, f32>, f32)>,
 }
 
 /// Mean keys of all pages.
@@ -80,6 +83,8 @@ struct PageParams {
     scale: f32,
     group: u32,
     num_pages: u32,
+    spreads: u64,
+    spread: f32,
 }
 
 /// Mirrors `floe::SketchParams`.
@@ -119,7 +124,14 @@ impl Sweep {
         lse: DevMut<'_, f32>,
     ) -> Result<(), DeviceError> {
         let ScanShape { items, group, head_dim, num_pages, .. } = self.shape;
-        if !scale.is_finite() {
+        let (spreads, spread) = match summaries.spreads {
+            Some((spreads, spread)) => {
+                spreads.check("spreads", num_pages)?;
+                (spreads.address(), spread)
+            }
+            None => (0, 0.0),
+        };
+        if let Some(scale) = [scale, spread].into_iter().find(|scale| !scale.is_finite()) {
             return Err(KernelError::Scale { scale }.into());
         }
         q.check("q", items * group * head_dim)?;
@@ -146,6 +158,8 @@ impl Sweep {
             scale,
             group: word("group", group)?,
             num_pages: word("num_pages", num_pages)?,
+            spreads,
+            spread,
         };
         let name = format!("page_scores_{}_d{head_dim}", E::NAME);
         let kernel = stream.device().kernel("page_scores", &name, 0)?;
