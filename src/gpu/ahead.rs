@@ -11,7 +11,7 @@
 
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    Ahead, BatchEntry, FetchList, FoundUnit, SequencePlace, Tables, fetch_listed, resolve_ahead,
+    Ahead, BatchEntry, FetchList, FetchPace, FoundUnit, SequencePlace, Tables, fetch_listed, resolve_ahead,
 };
 use floe_cuda::ops::{DeviceElem, Spans};
 
@@ -135,7 +135,8 @@ impl AheadStreams {
         memory.listed.record(&self.lists)?;
         self.read[parity].record(&self.lists)?;
         self.rows.wait(&memory.listed)?;
-        let work = || fetch_listed(&self.rows, plan.shape.head_dim, &fetch, kv.view_mut());
+        let work =
+            || fetch_listed(&self.rows, plan.shape.head_dim, (&fetch, FetchPace::Beside), kv.view_mut());
         clock.time(Stage::Prefetch, &self.rows, work)?;
         memory.done.record(&self.rows)
     }

@@ -14,8 +14,8 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    AppendStep, DeviceTensor, DoubtCheck, FetchList, FinishStart, FoundUnit, PageSource, Ranges, Resolve,
-    Tables, append_step, build_pages, fetch_listed, finish, resolve,
+    AppendStep, DeviceTensor, DoubtCheck, FetchList, FetchPace, FinishStart, FoundUnit, PageSource, Ranges,
+    Resolve, Tables, append_step, build_pages, fetch_listed, finish, resolve,
 };
 use floe_cuda::ops::sweep::{
     Beside, KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
@@ -71,6 +71,11 @@ pub(super) struct Shared {
     pub(super) clock: Clock,
 }
 
+/// A stream that steps are recorded on, or a side of it: where something is prefetched, a step goes first.
+pub(super) fn recording_stream(device: &Device, plan: &Plan) -> Result<Stream, DeviceError> {
+    if plan.prefetch > 0 { Stream::urgent(device) } else { Stream::new(device) }
+}
+
 /// Scores of a step.
 #[derive(Debug)]
 struct Scores {
@@ -93,7 +98,7 @@ impl Shared {
         Ok(Self {
             scores: (0..if plan.prefetch > 0 { 2 } else { 1 }).map(|_| scores()).collect::<Result<_, _>>()?,
             signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
-            sides: [Stream::new(device)?, Stream::new(device)?],
+            sides: [recording_stream(device, plan)?, recording_stream(device, plan)?],
             forks: [Event::new(device)?, Event::new(device)?],
             joins: [Event::new(device)?, Event::new(device)?],
             clock: Clock::new(device),
@@ -460,7 +465,7 @@ impl<E: DeviceElem> Chain<E> {
         };
         let work = || resolve::<E>(stream, tables, found, slots.write(), &mut fetch);
         shared.clock.time(Stage::Resolve, stream, work)?;
-        let work = || fetch_listed(stream, plan.shape.head_dim, &fetch, kv.view_mut());
+        let work = || fetch_listed(stream, plan.shape.head_dim, (&fetch, FetchPace::Full), kv.view_mut());
         shared.clock.time(Stage::Fetch, stream, work)?;
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         let lists = Lists::Rows {

@@ -10,7 +10,7 @@ use floe_cuda::ops::cache::{
 };
 
 use super::ahead::AheadStreams;
-use super::chain::{Chain, ChainShape, Shared, StepIo};
+use super::chain::{Chain, ChainShape, Shared, StepIo, recording_stream};
 use super::cost::{CostModel, Load};
 use super::host::HostPool;
 use super::host_io::HostIo;
@@ -475,7 +475,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             }
             Some(_) => {
                 // The capture needs a stream of its own: that of the host engine may be the default one.
-                let own = Stream::new(&self.device)?;
+                let own = recording_stream(&self.device, plan)?;
                 let record = || chain.queue(&own, (plan, shared), tables, memory, io);
                 let graph = Graph::capture::<DeviceError>(&own, record)?;
                 graph.launch(stream)?;
@@ -571,15 +571,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             return Ok(());
         }
         let heads = self.plan.shape.heads;
-        let tokens = place.pages as usize * 16;
-        let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
-        for memory in &mut self.layers {
-            let slots = &mut memory.slots;
-            let end = tokens + place.pages_each as usize * 16 * heads;
-            slots.row_of_token.fill_range(tokens..end, 0xff, stream)?;
-            slots.token_of_row.fill_range(rows.clone(), 0xff, stream)?;
-            slots.used.fill_range(rows.clone(), 0, stream)?;
-        }
+        self.layers.iter_mut().try_for_each(|memory| memory.slots.forget(place, heads, stream))?;
         Ok(())
     }
 }

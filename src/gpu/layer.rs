@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
-use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
+use floe_cuda::ops::cache::{PageSketch, Pages, SequencePlace, Slots};
 use half::f16;
 
 use super::ahead::AheadMemory;
@@ -238,6 +238,20 @@ fn copy_part<T: Pod>(
 }
 
 impl SlotMemory {
+    /// No slot of a place of so many kv heads holds anything.
+    pub(super) fn forget(
+        &mut self,
+        place: &SequencePlace,
+        heads: usize,
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        let (first, each) = (place.pages as usize * 16, place.pages_each as usize * 16);
+        let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
+        self.row_of_token.fill_range(first..first + each * heads, 0xff, stream)?;
+        self.token_of_row.fill_range(rows.clone(), 0xff, stream)?;
+        self.used.fill_range(rows, 0, stream)
+    }
+
     pub(super) fn write(&mut self) -> Slots<'_> {
         Slots {
             row_of_token: self.row_of_token.view_mut(),

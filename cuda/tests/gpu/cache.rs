@@ -5,9 +5,9 @@ use floe_cuda::device::{DeviceBuffer, PinnedBuffer};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::Spans;
 use floe_cuda::ops::cache::{
-    Ahead, AppendStep, BatchEntry, CHUNK_ROWS, CacheShape, DeviceTensor, FetchList, FinishStart, FoundUnit,
-    Ingest, PageSketch, PageSource, Pages, Ranges, Resolve, SequencePlace, Slots, Tables, TensorType,
-    append_step, build_pages, fetch_listed, finish, ingest, refill, resolve, resolve_ahead,
+    Ahead, AppendStep, BatchEntry, CHUNK_ROWS, CacheShape, DeviceTensor, FetchList, FetchPace, FinishStart,
+    FoundUnit, Ingest, PageSketch, PageSource, Pages, Ranges, Resolve, SequencePlace, Slots, Tables,
+    TensorType, append_step, build_pages, fetch_listed, finish, ingest, refill, resolve, resolve_ahead,
 };
 use floe_cuda::twin::device::{HostCache, WarmRow, encode, merge_parts};
 use half::{bf16, f16};
@@ -434,7 +434,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
         };
         let mut fetch = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
         resolve::<bf16>(&rig.stream, &tables, request, slots, &mut fetch).unwrap();
-        fetch_listed(&rig.stream, d, &fetch, world.kv.view_mut()).unwrap();
+        fetch_listed(&rig.stream, d, (&fetch, FetchPace::Full), world.kv.view_mut()).unwrap();
 
         for (i, entry) in batch.iter().enumerate() {
             let span = i * heads * d..(i + 1) * heads * d;
@@ -486,7 +486,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
         };
         let mut fetch = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
         resolve_ahead::<bf16>(&rig.stream, &tables, ahead, slots, &mut fetch).unwrap();
-        fetch_listed(&rig.stream, d, &fetch, world.kv.view_mut()).unwrap();
+        fetch_listed(&rig.stream, d, (&fetch, FetchPace::Beside), world.kv.view_mut()).unwrap();
         let mut expected = world.twin.resolve_ahead(&batch, &next);
         let mut got = world.fetched((&from, &to), &num_fetch);
         got.sort_unstable();

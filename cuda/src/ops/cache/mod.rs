@@ -25,7 +25,8 @@ pub use gather::{Gather, gather};
 pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
 pub use resolve::{
-    Ahead, FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve, resolve_ahead,
+    Ahead, FetchList, FetchPace, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve,
+    resolve_ahead,
 };
 pub use tensor::{DeviceTensor, TensorType};
 pub use tree::{TreePage, TreePages, build_tree_pages};

@@ -7,9 +7,6 @@ use crate::ops::{DeviceElem, Spans, check_aligned, word};
 /// Tokens that a step may retrieve for an item at most, as in `cache_resolve.cu`.
 pub const RETRIEVED_MAX: usize = 4096;
 
-/// Blocks of a fetch: the link is full from 32 blocks on.
-const FETCH_BLOCKS: u32 = 64;
-
 /// Mirrors `floe::ResolveParams`.
 #[repr(C)]
 struct ResolveParams {
@@ -220,6 +217,15 @@ fn launch(stream: &Stream, items: usize, params: &ResolveParams) -> Result<(), D
     unsafe { kernel.launch_early(stream, launch, Together::ALONE, params) }
 }
 
+/// What a fetch takes for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FetchPace {
+    /// The link: a step waits for it. It is full from 32 blocks on.
+    Full,
+    /// A few blocks, so that steps beside it find places on the device and on the link.
+    Beside,
+}
+
 /// Brings the listed rows into `kv` [rows, 2, head_dim].
 ///
 /// The addresses were written by [`resolve`], which takes them from the chunk table and never beyond it.
@@ -229,7 +235,7 @@ fn launch(stream: &Stream, items: usize, params: &ResolveParams) -> Result<(), D
 pub fn fetch_listed<E: DeviceElem>(
     stream: &Stream,
     head_dim: usize,
-    list: &FetchList<'_>,
+    (list, pace): (&FetchList<'_>, FetchPace),
     kv: DevMut<'_, E>,
 ) -> Result<(), DeviceError> {
     list.to.check("to", list.from.len())?;
@@ -244,7 +250,8 @@ pub fn fetch_listed<E: DeviceElem>(
         limit: word("list", list.from.len())?,
     };
     let kernel = stream.device().kernel("cache_resolve", "cache_fetch", 0)?;
-    let launch = Launch { blocks: (FETCH_BLOCKS, 1), threads: 256, shared_bytes: 0 };
+    let blocks = if pace == FetchPace::Full { 64 } else { 8 };
+    let launch = Launch { blocks: (blocks, 1), threads: 256, shared_bytes: 0 };
     // SAFETY: the layouts match; the list's entries are addresses of rows in mapped chunks and rows of kv; the kernel begins by
     // waiting for earlier ones.
     unsafe { kernel.launch_early(stream, launch, Together::ALONE, &params) }
