@@ -117,6 +117,10 @@ impl<E: DeviceElem> KvBackend for GpuBackend<E> {
 
     fn prompt_ended(&mut self) -> HostResult<()> {
         self.prompt = None;
+        for layer in (0..self.config.num_layers).map(LayerId) {
+            self.engine.index(self.seq, layer, &self.stream)?;
+        }
+        self.engine.wait_for_trees();
         Ok(())
     }
 
