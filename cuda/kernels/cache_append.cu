@@ -19,8 +19,9 @@ struct AppendStepParams {
     void *q_out;            // [items, group, D] E
     uint32_t *page_first, *page_end, *row_first, *row_end; // [items]
     uint32_t *num_fetch;    // [1] becomes 0
+    const uint32_t *tree_pages; // [sequences, heads] pages of each head's tree, or null: pages are runs of 16 tokens
     uint32_t *fault;        // becomes 1 when a sequence has no room for its token, which is not stored
-    const float *spread;    // [pages] mean square of a page's key residuals, or null = no item is in doubt
+    const float *spread;    // [pages] mean square of a page's key residuals, of 16 tokens in any case, or null = no item is in doubt
     uint2 *spread_sums;     // [sequences, heads] pages after the sinks that are summed up, bits of the f32 sum of their spreads
     const uint64_t **warm;  // [items] becomes the item's chunks where its rows are attended in host memory, else null
     unsigned long long *doubted; // [1] += items in doubt
@@ -40,18 +41,22 @@ __device__ __forceinline__ float block_sum(float x) {
     return sums[0] + sums[1] + sums[2] + sums[3];
 }
 
-// Whether logits estimated for queries of mean square length `length` over the first `pages` pages are in doubt. Every thread asks.
-__device__ __forceinline__ bool in_doubt(const AppendStepParams &p, uint32_t kv_head, uint32_t first_page, uint32_t pages, float length) {
+// Whether logits estimated for queries of mean square length `length` over `pages` pages, or a tree's, from `first_page` on are in
+// doubt: pages that hold as many tokens as `full` pages beside the sinks'. Every thread asks.
+__device__ __forceinline__ bool in_doubt(const AppendStepParams &p, uint32_t kv_head, uint32_t first_page, uint32_t pages, uint32_t full, float length) {
     const uint32_t sinks = p.cache.sinks / 16;
-    if (pages <= sinks) return false;
-    // The sum is kept from step to step; pages that are new since then are added.
+    if (full <= sinks) return false;
+    // A tree has no page of sinks.
+    const uint32_t skip = p.tree_pages ? 0 : sinks, num = pages - min(skip, pages);
+    // The sum is kept from step to step; pages that are new since then are added. Where a tree changes the host says that more are
+    // known than there are.
     const uint2 known = p.spread_sums[kv_head];
-    const bool whole = known.x <= pages - sinks;
+    const bool whole = known.x <= num;
     float more = 0;
-    for (uint32_t i = sinks + (whole ? known.x : 0) + threadIdx.x; i < pages; i += blockDim.x) more += p.spread[first_page + i];
+    for (uint32_t i = skip + (whole ? known.x : 0) + threadIdx.x; i < pages; i += blockDim.x) more += p.spread[first_page + i];
     const float sum = (whole ? __uint_as_float(known.y) : 0) + block_sum(more);
-    if (threadIdx.x == 0) p.spread_sums[kv_head] = {pages - sinks, __float_as_uint(sum)};
-    return p.doubt * length * sum > float(pages - sinks);
+    if (threadIdx.x == 0) p.spread_sums[kv_head] = {num, __float_as_uint(sum)};
+    return p.doubt * length * sum > float(full - sinks);
 }
 
 template <typename E, int D> __device__ __forceinline__ void append_step(const AppendStepParams &p) {
@@ -89,9 +94,11 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
         }
     }
     __syncthreads();
-    const uint32_t first_page = s.pages + head * s.pages_each, pages = e.exact ? 0 : min(published(c, e.tokens), s.pages_each);
+    const uint32_t first_page = s.pages + head * s.pages_each, full = published(c, e.tokens);
+    const uint32_t known = p.tree_pages ? p.tree_pages[e.sequence * c.heads + head] : full;
+    const uint32_t pages = e.exact ? 0 : min(known, s.pages_each);
     bool doubt = false;
-    if (p.spread && pages) doubt = in_doubt(p, e.sequence * c.heads + head, first_page, pages, block_sum(squares) / c.group);
+    if (p.spread && pages) doubt = in_doubt(p, e.sequence * c.heads + head, first_page, pages, full, block_sum(squares) / c.group);
     if (threadIdx.x == 0) {
         p.page_first[item] = first_page, p.page_end[item] = first_page + (doubt ? 0 : pages);
         const bool whole = doubt || (dense && e.exact), host = doubt && !dense;

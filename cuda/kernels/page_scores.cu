@@ -1,4 +1,5 @@
-// Scores of all pages: q.mean_key * scale + ln(count), and per head their log-sum-exp.
+// Scores of all pages: q.mean_key * scale + ln(count), with spreads also spread |q|^2 scale^2 spreads[page], and per head their
+// log-sum-exp.
 //
 // One pass over the mean keys. A warp takes 16 pages; its lanes read 16 bytes of key each, straight into the registers that the
 // tensor cores take: the product does not care in which order dimensions are summed, so the queries are read in the order in
@@ -29,6 +30,20 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const S
             a[j][h][3] = row + 8 < p.group ? q[(row + 8) * D / 2 + word + 1] : 0;
         }
     }
+    float by_spread[2] = {0, 0};
+    if (p.spreads) {
+#pragma unroll
+        for (int j = 0; j < PARTS; j++) {
+#pragma unroll
+            for (int w = 0; w < 8; w++) {
+                const E *two = reinterpret_cast<const E *>(&a[j][w / 4][w % 4]);
+                const float x = float(two[0]), y = float(two[1]);
+                by_spread[w % 2] += x * x + y * y;
+            }
+        }
+#pragma unroll
+        for (int x = 0; x < 2; x++) by_spread[x] = quad_sum(by_spread[x]) * p.spread * p.scale * p.scale;
+    }
     float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     const uint32_t tiles = end > first ? (end - first + 15) / 16 : 0;
     const uint4 *keys = static_cast<const uint4 *>(p.keys);
@@ -54,15 +69,17 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const S
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint32_t column = half * 8 + quarter * 2;
-            float extra[2];
+            float extra[2], spread[2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const uint32_t at = page + column + e;
                 extra[e] = at < end ? p.log_count[at] : -INFINITY;
+                spread[e] = p.spreads && at < end ? p.spreads[at] : 0;
             }
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                const float s0 = s[half][2 * x] * p.scale + extra[0], s1 = s[half][2 * x + 1] * p.scale + extra[1];
+                const float s0 = s[half][2 * x] * p.scale + (extra[0] + by_spread[x] * spread[0]);
+                const float s1 = s[half][2 * x + 1] * p.scale + (extra[1] + by_spread[x] * spread[1]);
                 if (row + 8 * x < p.group)
                     *reinterpret_cast<float2 *>(scores + score_at(first / 16 + tile, p.group, row + 8 * x, column)) = {s0, s1};
                 const float to = fmaxf(max[x], fmaxf(s0, s1));

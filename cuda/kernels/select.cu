@@ -24,6 +24,8 @@ struct SelectParams {
     const uint32_t *first; // [items] first page, a multiple of 16
     const uint32_t *end;   // [items] one past the last page
     const uint32_t *ids;   // [units] what the list says of a unit, or null = the unit's number
+    const uint16_t *masks; // pages: [pages] then the budget is one of tokens, the list says ids of the tokens [pages, 16] with a bit
+                           // in their page's mask, and a page's score is per token; or null
     const uint32_t *budgets;    // [items] units at most, or null = budget
     const uint32_t *list_first; // [items] where the item's list begins
     uint32_t *list_end;    // [items] where it ends
@@ -229,9 +231,11 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
                 const uint32_t head = min(uint32_t(g), p.group - 1);
                 best = fmaxf(best, p.scores[score_at(page / 16, p.group, head, page % 16)] - lse[g]);
             }
-            const uint32_t key = key_of(best);
+            const uint32_t tokens = p.masks ? __popc(uint32_t(p.masks[page])) : 1;
+            // The score has ln count.
+            const uint32_t key = tokens == 0 ? 0 : key_of(p.masks ? best - logf(float(tokens)) : best);
             keys[at] = uint16_t(key);
-            if (key) atomicAdd(of_pages.fine + key, 1);
+            if (key) atomicAdd(of_pages.fine + key, tokens);
         }
     }
     Cut found = cut(of_pages, budget, rank, blocks);
@@ -245,17 +249,32 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
             else p.scores[score_at(unit / 16, p.group, g, unit % 16)] = -INFINITY;
         }
     };
+    // A page goes whole or not at all: the first that does not fit ends the list.
+    auto take_page = [&](uint32_t place, uint32_t page, uint32_t tokens) {
+        if (place + tokens > budget) {
+            if (place <= budget) p.list_end[item] = p.list_first[item] + place;
+            return;
+        }
+        if (place + tokens > room) return;
+        uint32_t left = p.masks[page];
+        for (; left; left &= left - 1) list[place++] = p.ids[page * 16 + __ffs(left) - 1];
+        for (uint32_t g = 0; g < p.group; g++) p.scores[score_at(page / 16, p.group, g, page % 16)] = -INFINITY;
+    };
     if constexpr (!TOKENS) {
         uint32_t above_at = found.above_before, at_at = found.whole + found.at_before;
         for (uint32_t turn = 0; turn < pages; turn += SELECT_THREADS) {
             const uint32_t at = turn + threadIdx.x, key = at < pages ? keys[at] : 0;
             const bool above = key >= found.low, level = key && key + 1 == found.low;
             if (!__syncthreads_or(above || level)) continue;
-            // Both sums at once: a block has fewer than 2^16 units in a turn.
+            // Both sums at once: a block has fewer than 2^16 units or tokens in a turn.
+            const uint32_t weight = p.masks && (above || level) ? __popc(uint32_t(p.masks[begin + at])) : 1;
             uint32_t total;
-            const uint32_t places = scan(uint32_t(above) | uint32_t(level) << 16, total);
-            if (above) take(above_at + (places & 0xffff), begin + at);
-            if (level) take(at_at + (places >> 16), begin + at);
+            const uint32_t places = scan(above ? weight : level ? weight << 16 : 0, total);
+            const uint32_t place = above ? above_at + (places & 0xffff) : at_at + (places >> 16);
+            if (above || level) {
+                if (p.masks) take_page(place, begin + at, weight);
+                else take(place, begin + at);
+            }
             above_at += total & 0xffff, at_at += total >> 16;
         }
     } else {
@@ -302,7 +321,9 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
             above_at += total & 0xffff, at_at += total >> 16;
         }
     }
-    if (rank == 0 && threadIdx.x == 0) p.list_end[item] = p.list_first[item] + min(budget, found.total);
+    // With masks whoever does not fit says where the list ends.
+    const bool all = found.total <= budget;
+    if (rank == 0 && threadIdx.x == 0 && (all || !p.masks)) p.list_end[item] = p.list_first[item] + min(budget, found.total);
     // Nobody leaves while others read its histogram.
     Cluster::sync();
 }

@@ -23,6 +23,8 @@ struct ScoreParams {
     float *lse;                // [items, group]: page_scores writes it, sketch_scores takes scores relative to it
     float scale;
     uint32_t group, num_pages;
+    const float *spreads;      // page_scores: [pages] added to scores, times spread |q|^2 scale^2; null = nothing is
+    float spread;
 };
 
 // Score of unit `unit` of an item whose tiles begin at `tile`.

@@ -47,6 +47,12 @@ pub fn code_distortion(k_bits: usize) -> f32 {
     }
 }
 
+/// Tokens without a page in a tree of `num_tokens`, at most: see [`PageView::young`].
+#[must_use]
+pub fn young_max(num_tokens: usize) -> usize {
+    crate::dci::young_max(num_tokens)
+}
+
 /// Changes remembered at most: more than four thousand decoded tokens make. A mirror that is further behind starts anew.
 const CHANGES_MAX: usize = 256;
 

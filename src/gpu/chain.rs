@@ -282,6 +282,7 @@ impl<E: DeviceElem> Chain<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            tree_pages: plan.tree.then(|| pages.tree_pages.view()),
             doubt,
         };
         append_step(stream, tables, append)?;
@@ -318,8 +319,10 @@ impl<E: DeviceElem> Chain<E> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
         shared.forks[0].record(stream)?;
         shared.sides[0].wait(&shared.forks[0])?;
-        let built = memory.write(shared.signs.as_ref());
-        build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+        if !plan.tree {
+            let built = memory.write(shared.signs.as_ref());
+            build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+        }
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         if let Some(Whole { plan: attend, state, warm }) = &mut sparse.whole {
@@ -347,8 +350,12 @@ impl<E: DeviceElem> Chain<E> {
             let means = PageKeys { keys: memory.mean_keys.view(), pages };
             sparse.sweep.token_scores(stream, query, &means, &codes, to)?;
         } else {
-            let summaries =
-                Summaries { keys: memory.mean_keys.view(), log_count: memory.log_count.view(), pages };
+            let summaries = Summaries {
+                keys: memory.mean_keys.view(),
+                log_count: memory.log_count.view(),
+                pages,
+                spreads: plan.tree.then(|| (memory.spread.view(), floe_index::export::PAGE_SPREAD)),
+            };
             let (scores, lse) = (shared.page_scores.view_mut(), sparse.unit_lse.view_mut());
             sparse.sweep.page_scores(stream, query, &summaries, scores, lse)?;
         }
@@ -356,7 +363,7 @@ impl<E: DeviceElem> Chain<E> {
             pages,
             lse: sparse.unit_lse.view(),
             attended: None,
-            ids: None,
+            ids: plan.tree.then(|| memory.tokens.view()),
             budget: plan.units() as u32,
             budgets: None,
             list_first: sparse.found_first.view(),
@@ -365,6 +372,8 @@ impl<E: DeviceElem> Chain<E> {
         };
         let units = if plan.by_token() {
             UnitsMut::Tokens { scores: shared.page_scores.view(), residuals: shared.residuals.view_mut() }
+        } else if plan.tree {
+            UnitsMut::PagesOfTokens { scores: shared.page_scores.view_mut(), masks: memory.masks.view() }
         } else {
             UnitsMut::Pages(shared.page_scores.view_mut())
         };
@@ -397,7 +406,7 @@ impl<E: DeviceElem> Chain<E> {
             whole: whole_rows,
             spans: Spans { first: sparse.found_first.view(), end: sparse.found_end.view() },
             found: sparse.found.view(),
-            unit: if plan.by_token() { FoundUnit::Tokens } else { FoundUnit::Pages },
+            unit: if plan.lists_tokens() { FoundUnit::Tokens } else { FoundUnit::Pages },
             retrieved: plan.retrieved,
             list: sparse.list.view_mut(),
             list_end: sparse.list_end.view_mut(),

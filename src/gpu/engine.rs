@@ -16,6 +16,7 @@ use super::host_io::HostIo;
 use super::layer::LayerMemory;
 use super::options::{GpuOptions, Plan, Prefer, Submit};
 use super::places::{Places, chunks_of};
+use super::trees::Trees;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId};
@@ -65,6 +66,8 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) device: Device,
     pub(super) layers: Vec<LayerMemory<E>>,
     pub(super) shared: Shared,
+    /// With pages of similar keys.
+    pub(super) trees: Option<Trees>,
     pub(super) batch: DeviceBuffer<BatchEntry>,
     /// What the device holds in `batch`.
     uploaded: Vec<BatchEntry>,
@@ -101,6 +104,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             chains: HashMap::new(),
             layers,
             shared: Shared::new(device, &plan, &options)?,
+            trees: if plan.tree { Some(Trees::new(device, &options)?) } else { None },
             batch: DeviceBuffer::zeros(device, options.max_batch.next_power_of_two())?,
             uploaded: vec![BatchEntry::default(); options.max_batch.next_power_of_two()],
             sequences: DeviceBuffer::zeros(device, options.max_sequences)?,
@@ -197,7 +201,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             sequences: self.sequences.view(),
             chunks: memory.chunks.view(),
         };
-        if !open.is_dense() {
+        if !open.is_dense() && !self.plan.tree {
             // Pages whose tokens have left the window; of the others the rows stay in the ring.
             let until = published(first + tokens + 1, self.plan.shape.window);
             let from = open.built[layer.0];
@@ -280,6 +284,7 @@ impl<E: DeviceElem> GpuEngine<E> {
                 memory.slots.row_of_token.fill_range(from..end, 0xff, stream)?;
             }
         }
+        self.truncate_trees(seq, num_tokens, stream)?;
         // What was forgotten may have overwritten older rows in the ring.
         if place.slots != SequencePlace::DENSE { self.refill_ring(seq, stream) } else { Ok(()) }
     }
@@ -291,6 +296,9 @@ impl<E: DeviceElem> GpuEngine<E> {
     pub fn close(&mut self, seq: SeqId) -> Result<()> {
         self.places.get(seq)?;
         self.device.synchronize()?;
+        if let Some(trees) = &mut self.trees {
+            trees.close(seq);
+        }
         for chunk in self.places.close(seq, self.plan.shape.heads)? {
             self.host.give(chunk);
         }
@@ -383,9 +391,13 @@ impl<E: DeviceElem> GpuEngine<E> {
             if exact {
                 shape.exact_tokens = shape.exact_tokens.max(tokens.next_power_of_two());
             } else {
-                let pages = published(tokens, self.plan.shape.window);
+                let mut pages = published(tokens, self.plan.shape.window);
+                if self.plan.tree {
+                    pages = self.follow_trees((*seq, layer), *position, stream)?;
+                } else {
+                    self.catch_up(*seq, layer, pages, stream)?;
+                }
                 shape.pages = shape.pages.max(pages.next_power_of_two()).max(64);
-                self.catch_up(*seq, layer, pages, stream)?;
             }
         }
         if exact {
@@ -500,8 +512,8 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         let slots = old.rows_each as usize - shape.sinks - shape.ring;
         let place = SequencePlace { slots: slots as u32, ..old };
-        // While all rows are still there.
-        for layer in 0..self.config.num_layers {
+        // While all rows are still there; trees read host memory.
+        for layer in 0..if self.plan.tree { 0 } else { self.config.num_layers } {
             let stored = self.places.get(seq)?.tokens[layer];
             self.catch_up(seq, layer, published(stored + 1, shape.window), stream)?;
         }

@@ -31,7 +31,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         let window = self.plan.shape.window;
         let longest = self.places.get(seq)?.longest();
         let dense = longest <= self.places.get(fork)?.place.rows_each as usize;
-        if !dense {
+        if !dense && !self.plan.tree {
             for layer in 0..self.config.num_layers {
                 let stored = self.places.get(seq)?.tokens[layer];
                 self.catch_up(seq, layer, published(stored + 1, window), stream)?;
@@ -75,7 +75,7 @@ impl<E: DeviceElem> GpuEngine<E> {
                     self.host.share(*chunk);
                 } else {
                     let own = self.host.take()?;
-                    self.host.copy(*chunk, own);
+                    self.host.copy(*chunk, own)?;
                     *chunk = own;
                 }
             }
@@ -142,7 +142,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             {
                 self.device.synchronize()?;
                 let own = self.host.take()?;
-                self.host.copy(*part, own);
+                self.host.copy(*part, own)?;
                 self.host.give(*part);
                 *part = own;
             }

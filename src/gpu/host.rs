@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
-use floe_cuda::device::{Device, PinnedBuffer};
+use floe_cuda::device::{Device, PinnedBuffer, Stream};
 
 /// Bytes that are asked of the driver at a time: page-locking costs a fixed time a call.
 const BLOCK_BYTES: usize = 64 << 20;
@@ -20,7 +21,7 @@ pub(super) struct Chunk {
 pub(super) struct HostPool {
     device: Device,
     chunk_bytes: usize,
-    blocks: Vec<PinnedBuffer<u8>>,
+    blocks: Vec<Arc<PinnedBuffer<u8>>>,
     free: Vec<Chunk>,
     /// Chunks that several sequences hold, with the number of holders beyond the first.
     shared: HashMap<Chunk, u32>,
@@ -48,7 +49,7 @@ impl HostPool {
                     ("bytes of page-locked host memory", self.limit_bytes - held.min(self.limit_bytes));
                 return Err(crate::Error::NoRoom { what, needed: bytes, free });
             }
-            self.blocks.push(PinnedBuffer::zeros(&self.device, bytes)?);
+            self.blocks.push(Arc::new(PinnedBuffer::zeros(&self.device, bytes)?));
             let block = self.blocks.len() as u32 - 1;
             self.free.extend((0..chunks as u32).rev().map(|at| Chunk { block, at }));
         }
@@ -83,10 +84,12 @@ impl HostPool {
     }
 
     /// Copies a chunk. The device is idle.
-    pub(super) fn copy(&mut self, from: Chunk, to: Chunk) {
-        let bytes = self.bytes(from, 0..self.chunk_bytes).to_vec();
-        let start = to.at as usize * self.chunk_bytes;
-        self.blocks[to.block as usize].as_mut_slice()[start..start + bytes.len()].copy_from_slice(&bytes);
+    pub(super) fn copy(&mut self, from: Chunk, to: Chunk) -> Result<(), crate::Error> {
+        let stream = Stream::new(&self.device)?;
+        let start = |chunk: Chunk| chunk.at as usize * self.chunk_bytes;
+        let from = (&*self.blocks[from.block as usize], start(from)..start(from) + self.chunk_bytes);
+        self.blocks[to.block as usize].copy_part(start(to), from, &stream)?;
+        Ok(stream.synchronize()?)
     }
 
     /// Address of a chunk as the device sees it.
@@ -98,6 +101,11 @@ impl HostPool {
     pub(super) fn bytes(&self, chunk: Chunk, range: Range<usize>) -> &[u8] {
         let start = chunk.at as usize * self.chunk_bytes;
         &self.blocks[chunk.block as usize].as_slice()[start + range.start..start + range.end]
+    }
+
+    /// The chunk's block and where it begins in it, for readers on other threads.
+    pub(super) fn shared(&self, chunk: Chunk) -> (Arc<PinnedBuffer<u8>>, usize) {
+        (self.blocks[chunk.block as usize].clone(), chunk.at as usize * self.chunk_bytes)
     }
 
     /// Bytes held.

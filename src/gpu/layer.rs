@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::Pod;
-use floe_cuda::device::{Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
+use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
 use half::f16;
@@ -38,10 +38,13 @@ pub(super) struct PageMemory<E> {
     /// Of values.
     pub(super) value_lines: DeviceBuffer<u32>,
     pub(super) value_scales: DeviceBuffer<f16>,
-    /// `[pages]`
+    /// `[pages]`, with sketches or trees.
     pub(super) masks: DeviceBuffer<u16>,
-    /// Mean square of a page's key residuals, `[pages]`, with a sketch.
+    /// Mean square of a page's key residuals, `[pages]`, with a sketch or trees.
     pub(super) spread: DeviceBuffer<f32>,
+    /// With trees: what a list says of each place [pages, 16], and pages of each tree [sequences, heads].
+    pub(super) tokens: DeviceBuffer<u32>,
+    pub(super) tree_pages: DeviceBuffer<u32>,
 }
 
 /// Which token lies in which slot.
@@ -114,8 +117,13 @@ impl<E: DeviceElem> LayerMemory<E> {
                 key_scales: DeviceBuffer::zeros(device, sketched(bits[0]) * 16)?,
                 value_lines: DeviceBuffer::zeros(device, bits[1] * pages * dim / 2)?,
                 value_scales: DeviceBuffer::zeros(device, sketched(bits[1]) * 16)?,
-                masks: DeviceBuffer::zeros(device, sketched(bits[0]))?,
-                spread: DeviceBuffer::zeros(device, sketched(bits[0]))?,
+                masks: DeviceBuffer::zeros(device, if plan.tree { pages } else { sketched(bits[0]) })?,
+                spread: DeviceBuffer::zeros(device, if plan.tree { pages } else { sketched(bits[0]) })?,
+                tokens: DeviceBuffer::zeros(device, if plan.tree { pages * 16 } else { 0 })?,
+                tree_pages: DeviceBuffer::zeros(
+                    device,
+                    if plan.tree { options.max_sequences * heads } else { 0 },
+                )?,
             },
             slots: SlotMemory {
                 row_of_token: DeviceBuffer::zeros(device, pages * 16)?,
@@ -140,6 +148,8 @@ impl<E: DeviceElem> LayerMemory<E> {
         let words = [
             &pages.key_lines,
             &pages.value_lines,
+            &pages.tokens,
+            &pages.tree_pages,
             &slots.row_of_token,
             &slots.token_of_row,
             &slots.used,
@@ -178,22 +188,38 @@ impl<E: DeviceElem> PageMemory<E> {
     }
 
     pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
-        Pages {
+        self.write_tree(signs).0
+    }
+
+    /// The pages, and what a list says of their places.
+    pub(super) fn write_tree<'a>(
+        &'a mut self,
+        signs: Option<&'a DeviceBuffer<f32>>,
+    ) -> (Pages<'a, E>, DevMut<'a, u32>) {
+        let tokens = self.tokens.view_mut();
+        let pages = Pages {
             mean_keys: self.mean_keys.view_mut(),
             mean_values: self.mean_values.view_mut(),
             log_count: self.log_count.view_mut(),
+            masks: some(&mut self.masks),
+            spread: some(&mut self.spread),
             sketch: signs.map(|signs| PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
                 key_scales: self.key_scales.view_mut(),
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
-                masks: self.masks.view_mut(),
-                spread: self.spread.view_mut(),
                 signs: signs.view(),
             }),
-        }
+        };
+        (pages, tokens)
     }
+}
+
+/// A buffer that is there.
+fn some<T>(buffer: &mut DeviceBuffer<T>) -> Option<DevMut<'_, T>> {
+    let view = buffer.view_mut();
+    (!view.is_empty()).then_some(view)
 }
 
 fn copy_part<T: Pod>(

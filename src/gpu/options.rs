@@ -1,6 +1,7 @@
 //! What the engine on the device needs to know beside [`Config`], and what of a [`Config`] it can do.
 
 use floe_cuda::ops::cache::{CacheShape, RETRIEVED_MAX};
+use floe_index::export::young_max;
 use floe_index::{Tail, Unit};
 
 use crate::config::Config;
@@ -53,7 +54,8 @@ pub struct GpuOptions {
     pub max_batch: usize,
     /// Rows of a layer on the device, all kv heads and sequences together: the hot tier. A row is `4 * head_dim` bytes.
     pub rows: usize,
-    /// Tokens of a layer that have summaries on the device, all kv heads and sequences together, a multiple of 256.
+    /// Tokens of a layer that have summaries on the device, all kv heads and sequences together, a multiple of 256: sixteen a page.
+    /// Trees take a few pages more than their tokens fill ([`GpuOptions::for_load`] has the number).
     pub page_tokens: usize,
     /// Bytes of page-locked host memory, all layers together, at most.
     pub host_bytes: usize,
@@ -63,6 +65,8 @@ pub struct GpuOptions {
     pub tail: TailPlace,
     /// How steps are submitted.
     pub submit: Submit,
+    /// Threads that build and extend trees; 0: half of the cores.
+    pub tree_threads: usize,
 }
 
 impl GpuOptions {
@@ -76,16 +80,18 @@ impl GpuOptions {
         // Every place is a whole number of pages long.
         let rows = ((padded as f64 * hot.clamp(0.0, 1.0)).ceil() as usize).max(least);
         let rows = rows.next_multiple_of(PAGE_TOKENS);
+        let pages = pages_each(tokens, matches!(config.policy.kind(), PolicyKind::Floe(_)));
         Self {
             max_sequences: sequences,
             max_tokens: tokens,
             max_batch: sequences,
             rows: sequences * heads * rows,
-            page_tokens: sequences * heads * padded,
+            page_tokens: sequences * heads * pages * PAGE_TOKENS,
             host_bytes: usize::MAX,
             prefer: Prefer::default(),
             tail: TailPlace::default(),
             submit: Submit::default(),
+            tree_threads: 0,
         }
     }
 }
@@ -93,6 +99,14 @@ impl GpuOptions {
 /// Newest tokens that keep their rows: the window, the page that leaves it, and some that a truncation may uncover.
 pub(super) const fn ring(window: usize) -> usize {
     window.next_multiple_of(PAGE_TOKENS) + 4 * PAGE_TOKENS
+}
+
+/// Pages of a kv head, a multiple of 16. A tree has full pages, one page for each token that waits for a page, and a few more while
+/// the ones turn into the others.
+fn pages_each(capacity: usize, tree: bool) -> usize {
+    let pages = capacity.div_ceil(PAGE_TOKENS);
+    let pages = if tree { pages + young_max(capacity) + 2 * PAGE_TOKENS } else { pages };
+    pages.next_multiple_of(PAGE_TOKENS)
 }
 
 /// What the device does of a configuration.
@@ -106,6 +120,8 @@ pub(super) struct Plan {
     /// Page means stand for what is not selected.
     pub(super) tail: bool,
     pub(super) tail_place: TailPlace,
+    /// Pages are those of the host's trees; else runs of 16 tokens.
+    pub(super) tree: bool,
     /// Standard deviation in nats beyond which estimated logits are not trusted; `None`: nothing is estimated, or always trusted.
     pub(super) max_doubt: Option<f32>,
     /// Tokens that a step retrieves at most.
@@ -132,15 +148,17 @@ impl Plan {
         if *config.policy.reuse() != ReuseKind::Off {
             return refuse("the cuda backend does not reuse earlier steps");
         }
+        let tree = matches!(config.policy.kind(), PolicyKind::Floe(_));
         let (exact, bits, tail, max_doubt) = match config.policy.kind() {
             PolicyKind::Full => (true, [0; 2], false, None),
-            PolicyKind::PageMean(options) => {
+            PolicyKind::PageMean(options) | PolicyKind::Floe(options) => {
                 let bits = [options.sketch.k_bits(), options.sketch.v_bits()];
                 if bits[0] > 2 {
                     return refuse("the cuda backend keeps at most two bits of a key");
                 }
                 let wanted = if bits[0] > 0 { Unit::Token } else { Unit::Page };
-                if options.unit != wanted {
+                // Without a sketch a token of a tree scores as its page does: either unit says the same.
+                if options.unit != wanted && !(tree && bits[0] == 0) {
                     return refuse(
                         "the cuda backend picks tokens with a sketch and pages (unit=page) without",
                     );
@@ -149,11 +167,11 @@ impl Plan {
                 let estimates = tail && bits[0] > 0 && options.max_doubt.is_finite();
                 (false, bits, tail, estimates.then_some(options.max_doubt))
             }
-            _ => return refuse("the cuda backend runs `full` and `pagemean`"),
+            _ => return refuse("the cuda backend runs `full`, `pagemean` and `floe`"),
         };
         let fixed = shape.fixed_max();
         let mut retrieved = config.budget.saturating_sub(fixed);
-        if bits[0] == 0 {
+        if bits[0] == 0 && !tree {
             retrieved = retrieved / PAGE_TOKENS * PAGE_TOKENS;
         }
         if !exact && (retrieved == 0 || retrieved > RETRIEVED_MAX) {
@@ -188,7 +206,7 @@ impl Plan {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
         let slots = config.hot.slots;
-        Ok(Self { shape, exact, bits, tail, tail_place, max_doubt, retrieved, slots })
+        Ok(Self { shape, exact, bits, tail, tail_place, tree, max_doubt, retrieved, slots })
     }
 
     /// Whether tokens are selected, by their sketches; else pages.
@@ -202,9 +220,19 @@ impl Plan {
         self.max_doubt.map(|bound| scale * scale * distortion / (bound * bound))
     }
 
-    /// Units that a step selects at most.
+    /// Whether a selection lists tokens; else pages.
+    pub(super) const fn lists_tokens(&self) -> bool {
+        self.by_token() || self.tree
+    }
+
+    /// What a step lists at most.
     pub(super) const fn units(&self) -> usize {
-        if self.by_token() { self.retrieved } else { self.retrieved / PAGE_TOKENS }
+        if self.lists_tokens() { self.retrieved } else { self.retrieved / PAGE_TOKENS }
+    }
+
+    /// Pages of a kv head of a sequence of at most `capacity` tokens, a multiple of 16.
+    pub(super) fn pages_each(&self, capacity: usize) -> usize {
+        if self.exact { 0 } else { pages_each(capacity, self.tree) }
     }
 
     /// Rows of a kv head with slots at least.

@@ -65,7 +65,7 @@ impl Places {
         let heads = plan.shape.heads;
         let index =
             *self.free.last().ok_or(Error::NoRoom { what: "places for sequences", needed: 1, free: 0 })?;
-        let pages_each = if plan.exact { 0 } else { capacity.div_ceil(256) };
+        let pages_each = plan.pages_each(capacity) / 16;
         let pages = self.pages.take(pages_each * heads, 1).ok_or(Error::NoRoom {
             what: "tokens with summaries on the device (`page_tokens`)",
             needed: pages_each * heads * 256,

@@ -23,6 +23,27 @@ pub struct GpuReport {
     pub bytes_fetched: u64,
     /// When a step is exact, in words.
     pub rule: String,
+    /// Work on the host's trees; `None` where pages are runs of tokens.
+    pub tree: Option<TreeReport>,
+}
+
+/// What was done to the trees of all layers.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TreeReport {
+    /// Threads that work on them.
+    pub threads: usize,
+    /// Trees that were built: one a kv head and prompt.
+    pub builds: u64,
+    /// Microseconds of all threads together for them.
+    pub build_us: f64,
+    /// Batches of tokens that joined a tree later: one a kv head for every sixteen tokens.
+    pub batches: u64,
+    /// Microseconds of all threads together for them.
+    pub batch_us: f64,
+    /// Pages that the device built or cleared for them.
+    pub batch_pages: u64,
+    /// Steps of a layer that waited for the threads: the first after a prompt, others only where the threads are too slow.
+    pub waits: u64,
 }
 
 impl GpuReport {

@@ -6,4 +6,5 @@ mod doubt;
 mod lifetime;
 mod rows;
 mod trace;
+mod trees;
 mod world;

@@ -7,34 +7,34 @@ use half::bf16;
 
 use crate::world::{Held, Output, error, full, world};
 
-const TRACE: &str = "tests/data/qwen2.5-coder-1.5b_persuasion-8k_L20H0.safetensors";
+pub const TRACE: &str = "tests/data/qwen2.5-coder-1.5b_persuasion-8k_L20H0.safetensors";
 
 /// What a run over a trace gave.
-struct Run {
+pub struct Run {
     /// Mean relative error against full attention.
-    error: f64,
-    outs: Vec<Vec<f32>>,
-    retrieved: Vec<Vec<u32>>,
-    hit_rate: f64,
-    replayed: u64,
-    exact: u64,
+    pub error: f64,
+    pub outs: Vec<Vec<f32>>,
+    pub retrieved: Vec<Vec<u32>>,
+    pub hit_rate: f64,
+    pub replayed: u64,
+    pub exact: u64,
 }
 
-struct Setup {
-    policy: &'static str,
-    slots: usize,
+pub struct Setup {
+    pub policy: &'static str,
+    pub slots: usize,
     /// Rows per token of the trace on the device.
-    hot: f64,
-    prefer: Prefer,
-    tail: TailPlace,
+    pub hot: f64,
+    pub prefer: Prefer,
+    pub tail: TailPlace,
     /// Empty the slots before every step.
-    cold: bool,
-    steps: usize,
+    pub cold: bool,
+    pub steps: usize,
     /// Tokens of a prefill piece.
-    piece: usize,
+    pub piece: usize,
 }
 
-const SETUP: Setup = Setup {
+pub const SETUP: Setup = Setup {
     policy: "pagemean:sketch=k1,tail=page",
     slots: 512,
     hot: 0.0,
@@ -45,14 +45,14 @@ const SETUP: Setup = Setup {
     piece: 1000,
 };
 
-fn config(trace: &Trace, setup: &Setup) -> Config {
+pub fn config(trace: &Trace, setup: &Setup) -> Config {
     let meta = trace.meta();
     let heads = HeadShape::new(meta.group(), 1, meta.head_dim).unwrap();
     let hot = HotConfig { slots: setup.slots, ..HotConfig::default() };
     Config { policy: setup.policy.parse().unwrap(), hot, budget: 352, ..Config::new(1, heads, KvDtype::Bf16) }
 }
 
-fn on_device(trace: &Trace, setup: &Setup) -> Run {
+pub fn on_device(trace: &Trace, setup: &Setup) -> Run {
     let world = world();
     let meta = trace.meta();
     let (d, group) = (meta.head_dim, meta.group());
@@ -115,7 +115,7 @@ fn on_device(trace: &Trace, setup: &Setup) -> Run {
     run
 }
 
-fn on_cpu(trace: &Trace, setup: &Setup) -> Run {
+pub fn on_cpu(trace: &Trace, setup: &Setup) -> Run {
     let meta = trace.meta();
     let (d, group) = (meta.head_dim, meta.group());
     let mut engine = Engine::open(Config { hot: HotConfig::default(), ..config(trace, setup) }).unwrap();
@@ -148,13 +148,13 @@ fn on_cpu(trace: &Trace, setup: &Setup) -> Run {
     run
 }
 
-fn mean_error(out: &[f32], want: &[f64], d: usize) -> f64 {
+pub fn mean_error(out: &[f32], want: &[f64], d: usize) -> f64 {
     let heads = out.len() / d;
     out.chunks(d).zip(want.chunks(d)).map(|(a, b)| error(a, b, d)).sum::<f64>() / heads as f64
 }
 
 /// Share of `a` that is in `b`; both ascending.
-fn shared(a: &[u32], b: &[u32]) -> f64 {
+pub fn shared(a: &[u32], b: &[u32]) -> f64 {
     a.iter().filter(|t| b.binary_search(t).is_ok()).count() as f64 / a.len().max(1) as f64
 }
 

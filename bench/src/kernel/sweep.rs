@@ -319,7 +319,12 @@ impl World {
         let set = &mut self.sets[set];
         match unit {
             Unit::Pages => {
-                let summaries = Summaries { keys: set.keys.view(), log_count: set.log_count.view(), pages };
+                let summaries = Summaries {
+                    keys: set.keys.view(),
+                    log_count: set.log_count.view(),
+                    pages,
+                    spreads: None,
+                };
                 let (scores, lse) = (set.scores.view_mut(), self.lse.view_mut());
                 self.sweep.page_scores(&rig.stream, q, &summaries, scores, lse)
             }

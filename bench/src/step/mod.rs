@@ -176,6 +176,7 @@ fn measure(
                     let timed = world::time(device, &case, &mut kv)?;
                     let row = row(&case, &timed, (full_ms, torch_ms));
                     print_row(&row);
+                    print_trees(&timed);
                     rows.push(row);
                 }
             }
@@ -267,6 +268,24 @@ fn print_head(device: &Device) {
         "| context | batch | policy | budget | hot | hit rate | exact steps | ms a token p50 | p99 | us a layer | link MB | rows GB | beside GB | of full | of SDPA | layers held |"
     );
     println!("|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
+}
+
+/// What a policy with trees did beside its steps.
+#[expect(clippy::print_stdout, reason = "the table is what the command is for")]
+fn print_trees(timed: &Timed) {
+    let Some(tree) = timed.report.tree else { return };
+    let (builds, batches) = (tree.builds.max(1) as f64, tree.batches.max(1) as f64);
+    println!(
+        "    {} trees of the prompt built in {:.2} s by {} threads, {:.0} ms each; sixteen tokens: {:.0} us of a thread and {:.1} pages a kv head, {:.1} us a layer on the device; {} waits",
+        tree.builds,
+        timed.build_s,
+        tree.threads,
+        tree.build_us / builds / 1e3,
+        tree.batch_us / batches,
+        tree.batch_pages as f64 / batches,
+        timed.update_us,
+        tree.waits,
+    );
 }
 
 #[expect(clippy::print_stdout, reason = "the table is what the command is for")]

@@ -1,5 +1,7 @@
 //! One case: an engine filled with keys and values, and its timed tokens.
 
+use std::time::Instant;
+
 use anyhow::ensure;
 use floe::gpu::{
     Device, DeviceTensor, Event, GpuEngine, GpuMemory, GpuOptions, GpuReport, LayerStep, Prefer, Stream,
@@ -42,6 +44,10 @@ pub struct Case {
 /// What came out.
 pub struct Timed {
     pub token_ms: Vec<f64>,
+    /// Seconds until the trees of the prompt were built.
+    pub build_s: f64,
+    /// Microseconds that a layer takes longer in the calls in which sixteen tokens leave the window: medians.
+    pub update_us: f64,
     pub report: GpuReport,
     pub memory: GpuMemory,
 }
@@ -149,6 +155,11 @@ fn engine(device: &Device, case: &Case) -> anyhow::Result<GpuEngine<bf16>> {
     )?)
 }
 
+fn median(mut x: Vec<f64>) -> f64 {
+    x.sort_by(f64::total_cmp);
+    x[x.len() / 2]
+}
+
 /// Fills an engine, checks it, and times its tokens.
 pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> {
     let mut engine = engine(device, case)?;
@@ -170,6 +181,14 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
         }
     }
     kv.stream.synchronize()?;
+    let start = Instant::now();
+    for layer in 0..case.held {
+        for &seq in &sequences {
+            engine.index(seq, LayerId(layer), &kv.stream)?;
+        }
+    }
+    engine.wait_for_trees();
+    let build_s = start.elapsed().as_secs_f64();
     let mut inputs = Inputs::new(device, case, (calls).min(160))?;
     let out = DeviceBuffer::<bf16>::zeros(device, case.batch * HEADS * GROUP * D)?;
     // SAFETY: the buffer holds the shape and lives until the case is done.
@@ -193,8 +212,9 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
         positions[layer].iter_mut().for_each(|position| *position += 1);
         Ok(())
     };
-    let mut round = 0;
+    let (mut round, mut position) = (0, prompt);
     for _ in 0..WARM_CALLS {
+        position += 1;
         inputs.enter(round, &kv.stream)?;
         round += 1;
         for layer in 0..case.held {
@@ -206,7 +226,7 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
     ensure!(got.iter().all(|x| x.is_finite()), "the output is not finite");
     engine.clear_counters(&kv.stream)?;
     // Nothing waits until all tokens are queued: the device is never behind the host.
-    let mut marks: Vec<Vec<(Event, Event)>> = Vec::with_capacity(case.tokens);
+    let mut marks: Vec<Vec<(Event, Event, bool)>> = Vec::with_capacity(case.tokens);
     for _ in 0..case.tokens {
         let mut left = case.layers;
         let mut of_token = Vec::new();
@@ -218,21 +238,34 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
             for layer in 0..case.held.min(left) {
                 call(&mut engine, &inputs, layer)?;
             }
+            let whole = case.held <= left;
             left -= case.held.min(left);
             end.record(&kv.stream)?;
-            of_token.push((start, end));
+            of_token.push((start, end, whole));
         }
         marks.push(of_token);
     }
     kv.stream.synchronize()?;
     let mut token_ms = Vec::with_capacity(case.tokens);
+    // Of calls of all layers in memory, by whether tokens leave the window.
+    let mut rounds = [Vec::new(), Vec::new()];
     for of_token in &marks {
-        let parts = of_token.iter().map(|(start, end)| end.micros_since(start));
-        token_ms.push(parts.sum::<Result<f64, _>>()? / 1e3);
+        let mut sum = 0.0;
+        for (start, end, whole) in of_token {
+            let us = end.micros_since(start)?;
+            sum += us;
+            if *whole {
+                rounds[usize::from(position % 16 == 0)].push(us / case.held as f64);
+            }
+            position += 1;
+        }
+        token_ms.push(sum / 1e3);
     }
+    let [without, with] = rounds.map(|us| if us.is_empty() { f64::NAN } else { median(us) });
+    let update_us = with - without;
     let (report, memory) = (engine.report(&kv.stream)?, engine.memory());
     for seq in sequences {
         engine.close(seq)?;
     }
-    Ok(Timed { token_ms, report, memory })
+    Ok(Timed { token_ms, build_s, update_us, report, memory })
 }

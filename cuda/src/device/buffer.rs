@@ -374,10 +374,42 @@ impl<T: Pod> PinnedBuffer<T> {
         unsafe { std::slice::from_raw_parts(self.host, self.len) }
     }
 
+    /// Copies elements from `start` on to `to`, without a claim on the others: the device may be writing those.
+    ///
+    /// # Errors
+    /// A range outside of the buffer.
+    pub fn read_at(&self, start: usize, to: &mut [T]) -> Result<(), DeviceError> {
+        check_range(&(start..start.saturating_add(to.len())), self.len)?;
+        // SAFETY: the range was checked and `to` is memory of somebody else.
+        unsafe { std::ptr::copy_nonoverlapping(self.host.add(start), to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
     /// The elements, on the host, writable.
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: `len` initialised elements, owned, borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.host, self.len) }
+    }
+
+    /// Queues a copy of a part of another buffer to `to` and on, done by the device.
+    ///
+    /// # Errors
+    /// Ranges outside of the buffers; what the driver reports.
+    pub fn copy_part(
+        &self,
+        to: usize,
+        (other, from): (&Self, Range<usize>),
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        check_range(&from, other.len)?;
+        check_range(&(to..to.saturating_add(from.len())), self.len)?;
+        self.device.bind()?;
+        let size = size_of::<T>();
+        let (target, source) =
+            (self.address + (to * size) as u64, other.address + (from.start * size) as u64);
+        // SAFETY: both ranges lie in their allocations, as the device sees them.
+        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
     }
 
     /// An element as it is now, which kernels may be writing; `None` beyond the last.

@@ -73,6 +73,9 @@ pub struct Summaries<'a, E> {
     pub log_count: DevRef<'a, f32>,
     /// Pages of each item; first ones are multiples of 16.
     pub pages: Spans<'a>,
+    /// Mean squared deviation of a coordinate of each page's keys from their mean, `[pages]`, device, and what a score gains per
+    /// `|q|^2 scale^2` times it, finite; `None`: nothing.
+    pub spreads: Option<(DevRef<'a, f32>, f32)>,
 }
 
 /// Key sketches of all tokens.
@@ -106,6 +109,8 @@ struct ScoreParams {
     scale: f32,
     group: u32,
     num_pages: u32,
+    spreads: u64,
+    spread: f32,
 }
 
 /// Mirrors `floe::TailParams`.
@@ -186,8 +191,17 @@ pub(super) fn queue_page_scores<E: DeviceElem>(
     (scores, lse): (DevMut<'_, f32>, DevMut<'_, f32>),
 ) -> Result<(), DeviceError> {
     let ScanShape { items, group, head_dim, num_pages, .. } = *shape;
-    if !scale.is_finite() {
-        return Err(KernelError::Scale { scale }.into());
+    let (spreads, spread) = match summaries.spreads {
+        Some((spreads, spread)) => {
+            spreads.check("spreads", num_pages)?;
+            (spreads.address(), spread)
+        }
+        None => (0, 0.0),
+    };
+    for scale in [scale, spread] {
+        if !scale.is_finite() {
+            return Err(KernelError::Scale { scale }.into());
+        }
     }
     q.check("q", items * group * head_dim)?;
     summaries.keys.check("keys", num_pages * head_dim)?;
@@ -217,6 +231,8 @@ pub(super) fn queue_page_scores<E: DeviceElem>(
         scale,
         group: word("group", group)?,
         num_pages: word("num_pages", num_pages)?,
+        spreads,
+        spread,
     };
     let kernel = stream.device().kernel("page_scores", &format!("page_scores_{}_d{head_dim}", E::NAME), 0)?;
     let launch =
@@ -348,6 +364,8 @@ impl Scan {
             scale: 1.0,
             group: word("group", group)?,
             num_pages: word("num_pages", num_pages)?,
+            spreads: 0,
+            spread: 0.0,
         };
         let kernel =
             stream.device().kernel("sketch_scores", &format!("sketch_scores_k{bits}_d{head_dim}"), 0)?;

@@ -27,7 +27,7 @@ pub struct World<E: DeviceElem> {
     pub sequences: DeviceBuffer<SequencePlace>,
     pub chunks: DeviceBuffer<u64>,
     pub kv: DeviceBuffer<E>,
-    random: Random,
+    pub random: Random,
 }
 
 impl<E: DeviceElem> World<E> {
@@ -144,14 +144,14 @@ pub fn tensor<E: DeviceElem>(buffer: &DeviceBuffer<E>, shape: [usize; 3]) -> Dev
 /// Pages of all sequences.
 pub struct PageBuffers<E> {
     bits: [usize; 2],
-    mean_keys: DeviceBuffer<E>,
-    mean_values: DeviceBuffer<E>,
-    log_count: DeviceBuffer<f32>,
-    key_lines: DeviceBuffer<u32>,
-    key_scales: DeviceBuffer<f16>,
-    value_lines: DeviceBuffer<u32>,
-    value_scales: DeviceBuffer<f16>,
-    masks: DeviceBuffer<u16>,
+    pub mean_keys: DeviceBuffer<E>,
+    pub mean_values: DeviceBuffer<E>,
+    pub log_count: DeviceBuffer<f32>,
+    pub key_lines: DeviceBuffer<u32>,
+    pub key_scales: DeviceBuffer<f16>,
+    pub value_lines: DeviceBuffer<u32>,
+    pub value_scales: DeviceBuffer<f16>,
+    pub masks: DeviceBuffer<u16>,
     pub spread: DeviceBuffer<f32>,
     signs: DeviceBuffer<f32>,
     host_signs: Vec<f32>,
@@ -186,14 +186,14 @@ impl<E: DeviceElem> PageBuffers<E> {
             mean_keys: self.mean_keys.view_mut(),
             mean_values: self.mean_values.view_mut(),
             log_count: self.log_count.view_mut(),
+            masks: Some(self.masks.view_mut()),
+            spread: Some(self.spread.view_mut()),
             sketch: Some(PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
                 key_scales: self.key_scales.view_mut(),
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
-                masks: self.masks.view_mut(),
-                spread: self.spread.view_mut(),
                 signs: self.signs.view(),
             }),
         }
@@ -367,6 +367,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 row_end: row_end.view_mut(),
             },
             num_fetch: num_fetch.view_mut(),
+            tree_pages: None,
             doubt: None,
         };
         append_step(&rig.stream, &tables, append).unwrap();

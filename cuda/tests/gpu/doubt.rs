@@ -82,6 +82,7 @@ impl<E: DeviceElem> Step<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            tree_pages: None,
             doubt: Some(DoubtCheck {
                 factor,
                 spread: buffers.spread.view(),

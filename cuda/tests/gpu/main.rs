@@ -16,3 +16,4 @@ mod states;
 #[path = "../support/mod.rs"]
 mod support;
 mod sweep;
+mod trees;

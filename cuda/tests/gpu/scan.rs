@@ -58,7 +58,7 @@ fn check<E: DeviceElem>(case: &Case<'_>) {
         (rig.buffer(&keys), rig.buffer(&values), rig.buffer(&q), rig.buffer(&log_count));
     let mut scores = rig.buffer(&vec![f32::NAN; num_pages * group]);
     let mut lse = Guarded::new(rig, items * group);
-    let summaries = Summaries { keys: keys_d.view(), log_count: log_d.view(), pages };
+    let summaries = Summaries { keys: keys_d.view(), log_count: log_d.view(), pages, spreads: None };
     scan.page_scores(&rig.stream, (q_d.view(), scale), &summaries, scores.view_mut(), lse.view()).unwrap();
     let (got, got_lse) = (scores.read(&rig.stream).unwrap(), lse.read(rig));
 

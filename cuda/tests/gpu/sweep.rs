@@ -102,7 +102,7 @@ fn check<E: DeviceElem>(case: &Case<'_>) {
                         residuals: &mut DeviceBuffer<f16>,
                         lse: &mut Guarded| {
         if k_bits == 0 {
-            let summaries = Summaries { keys: keys_d.view(), log_count: log_d.view(), pages };
+            let summaries = Summaries { keys: keys_d.view(), log_count: log_d.view(), pages, spreads: None };
             sweep.page_scores(&rig.stream, query, &summaries, scores.view_mut(), lse.view()).unwrap();
         } else {
             let means = PageKeys { keys: keys_d.view(), pages };

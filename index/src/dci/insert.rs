@@ -16,6 +16,11 @@ const YOUNG_MIN: usize = 96;
 /// Young tokens are held at sixteen times the bytes of a page's: this part of all tokens keeps them below 1 % of the index.
 const YOUNG_PART: usize = 128;
 
+/// Young tokens that wait in a tree of `num_tokens` at most, before a page is made of sixteen of them.
+pub(crate) fn young_max(num_tokens: usize) -> usize {
+    (num_tokens / YOUNG_PART).clamp(YOUNG_MIN, YOUNG_MAX)
+}
+
 impl Dci {
     /// Inserts a checked batch.
     pub(super) fn insert_all(&mut self, batch: &Batch<'_>) {
@@ -27,8 +32,7 @@ impl Dci {
             self.pages.frame.key_in(&batch.keys[i * dim..(i + 1) * dim], key);
             self.pages.frame.value_in(&batch.values[i * dim..(i + 1) * dim], value);
             self.pages.add_young(id, key, value);
-            let limit = (self.pages.map.len() / YOUNG_PART).clamp(YOUNG_MIN, YOUNG_MAX);
-            if self.pages.num_young >= limit {
+            if self.pages.num_young >= young_max(self.pages.map.len()) {
                 self.seal_oldest();
             }
         }

@@ -24,6 +24,7 @@ use crate::simd::Isa;
 use crate::sketch::SketchConfig;
 use crate::snapshot::{Kind, Reader, Writer};
 use crate::tail::tail;
+pub(crate) use insert::young_max;
 use tree::Tree;
 
 /// See the module documentation.

@@ -16,6 +16,7 @@ struct AppendStepParams {
     q_out: u64,
     ranges: [u64; 4],
     num_fetch: u64,
+    tree_pages: u64,
     fault: u64,
     spread: u64,
     spread_sums: u64,
@@ -78,6 +79,8 @@ pub struct AppendStep<'a, E> {
     pub ranges: Ranges<'a>,
     /// One word, becomes 0; device.
     pub num_fetch: DevMut<'a, u32>,
+    /// Pages of the tree of each kv head, [sequences, heads]; `None`: pages are runs of 16 tokens. Device.
+    pub tree_pages: Option<DevRef<'a, u32>>,
     /// `None`: no item is in doubt.
     pub doubt: Option<DoubtCheck<'a>>,
 }
@@ -109,6 +112,9 @@ pub fn append_step<E: DeviceElem>(
         range.check("ranges", items)?;
     }
     step.num_fetch.check("num_fetch", 1)?;
+    if let Some(pages) = step.tree_pages {
+        pages.check("tree_pages", tables.sequences.len() * shape.heads)?;
+    }
     if let Some(doubt) = &step.doubt {
         doubt.sums.check("sums", tables.sequences.len() * shape.heads)?;
         doubt.warm.check("warm", items)?;
@@ -127,6 +133,7 @@ pub fn append_step<E: DeviceElem>(
         q_out: step.q_out.address(),
         ranges: ranges.map(|range| range.address()),
         num_fetch: step.num_fetch.address(),
+        tree_pages: step.tree_pages.map_or(0, |pages| pages.address()),
         fault: stream.device().fault_address(),
         spread: of_doubt(|doubt| doubt.spread.address()),
         spread_sums: of_doubt(|doubt| doubt.sums.address()),

@@ -15,6 +15,7 @@ mod ingest;
 mod pages;
 mod resolve;
 mod tensor;
+mod tree;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -25,6 +26,7 @@ pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
 pub use resolve::{FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve};
 pub use tensor::{DeviceTensor, TensorType};
+pub use tree::{TreePage, TreePages, build_tree_pages};
 
 use super::{check_head_dim, word};
 use crate::device::{DevRef, DeviceError};

@@ -14,19 +14,25 @@ struct PagesParams {
     v: u64,
     strides: [u64; 4],
     kv: u64,
-    mean_keys: u64,
-    mean_values: u64,
-    log_count: u64,
-    codes: [u64; 4],
-    masks: u64,
-    spread: u64,
-    signs: u64,
+    out: PageOutParams,
     dtype: u32,
     sequence: u32,
     run_first: u32,
     first_page: u32,
     in_step: u32,
     num_pages: u32,
+}
+
+/// Mirrors `floe::PageOut`.
+#[repr(C)]
+pub(super) struct PageOutParams {
+    mean_keys: u64,
+    mean_values: u64,
+    log_count: u64,
+    codes: [u64; 4],
+    masks: u64,
+    signs: u64,
+    spread: u64,
     key_bits: u32,
     value_bits: u32,
 }
@@ -65,6 +71,11 @@ pub struct Pages<'a, E> {
     pub mean_values: DevMut<'a, E>,
     /// `ln 16`, or -inf for a page of sinks, `[pages]`.
     pub log_count: DevMut<'a, f32>,
+    /// Places of each page that hold a token which counts, `[pages]`; `None`: nobody asks.
+    pub masks: Option<DevMut<'a, u16>>,
+    /// Mean square of the coordinates of the keys' residuals to their mean, `[pages]`, with a sketch as of 16 tokens in any case;
+    /// `None`: nobody asks.
+    pub spread: Option<DevMut<'a, f32>>,
     /// Sketches of keys and values; not for head_dim 96.
     pub sketch: Option<PageSketch<'a>>,
 }
@@ -82,12 +93,60 @@ pub struct PageSketch<'a> {
     pub value_lines: DevMut<'a, u32>,
     /// Value scales [pages, 16]; empty without value bits.
     pub value_scales: DevMut<'a, f16>,
-    /// Tokens that count, `[pages]`: all, or none of a page of sinks.
-    pub masks: DevMut<'a, u16>,
-    /// Mean square of the coordinates of the keys' residuals to their mean, `[pages]`.
-    pub spread: DevMut<'a, f32>,
     /// Signs of the rotation `[head_dim]`, with its factor `1 / sqrt(head_dim)`.
     pub signs: DevRef<'a, f32>,
+}
+
+impl<E: DeviceElem> Pages<'_, E> {
+    /// What kernels take, and the number of pages.
+    pub(super) fn params(&self, head_dim: usize) -> Result<(PageOutParams, u32), DeviceError> {
+        let num_pages = self.log_count.len();
+        self.mean_keys.check("mean_keys", num_pages * head_dim)?;
+        self.mean_values.check("mean_values", num_pages * head_dim)?;
+        if let Some(masks) = &self.masks {
+            masks.check("masks", num_pages)?;
+        }
+        if let Some(spread) = &self.spread {
+            spread.check("spread", num_pages)?;
+        }
+        let mut out = PageOutParams {
+            mean_keys: self.mean_keys.address(),
+            mean_values: self.mean_values.address(),
+            log_count: self.log_count.address(),
+            codes: [0; 4],
+            masks: self.masks.as_ref().map_or(0, DevMut::address),
+            signs: 0,
+            spread: self.spread.as_ref().map_or(0, DevMut::address),
+            key_bits: 0,
+            value_bits: 0,
+        };
+        if let Some(sketch) = &self.sketch {
+            if head_dim == 96 {
+                let expected = "64, 128 or 256 where keys are sketched";
+                return Err(DeviceError::Unsupported { field: "head_dim", value: 96, expected });
+            }
+            if !matches!(sketch.bits, [1 | 2, 0..=2]) {
+                let value = 10 * sketch.bits[0] + sketch.bits[1];
+                let expected = "1 or 2 of keys, 0 to 2 of values";
+                return Err(DeviceError::Unsupported { field: "bits", value, expected });
+            }
+            let per_bit = num_pages * head_dim / 2;
+            sketch.key_lines.check("key_lines", sketch.bits[0] * per_bit)?;
+            sketch.key_scales.check("key_scales", num_pages * 16)?;
+            sketch.value_lines.check("value_lines", sketch.bits[1] * per_bit)?;
+            sketch.value_scales.check("value_scales", if sketch.bits[1] > 0 { num_pages * 16 } else { 0 })?;
+            sketch.signs.check("signs", head_dim)?;
+            out.codes = [
+                sketch.key_lines.address(),
+                sketch.key_scales.address(),
+                sketch.value_lines.address(),
+                sketch.value_scales.address(),
+            ];
+            out.signs = sketch.signs.address();
+            [out.key_bits, out.value_bits] = sketch.bits.map(|bits| bits as u32);
+        }
+        Ok((out, word("pages", num_pages)?))
+    }
 }
 
 /// Builds pages of 16 consecutive tokens from their rows `kv` [rows, 2, head_dim] or a run of the host engine's.
@@ -102,60 +161,21 @@ pub fn build_pages<E: DeviceElem>(
     pages: Pages<'_, E>,
 ) -> Result<(), DeviceError> {
     let shape = tables.shape;
-    let num_pages = pages.log_count.len();
     kv.check("kv", kv.len() / shape.row_len() * shape.row_len())?;
-    pages.mean_keys.check("mean_keys", num_pages * shape.head_dim)?;
-    pages.mean_values.check("mean_values", num_pages * shape.head_dim)?;
-    let (mut codes, mut bits, mut masks, mut spread, mut signs) = ([0; 4], [0; 2], 0, 0, 0);
-    if let Some(sketch) = &pages.sketch {
-        if shape.head_dim == 96 {
-            let expected = "64, 128 or 256 where keys are sketched";
-            return Err(DeviceError::Unsupported { field: "head_dim", value: 96, expected });
-        }
-        if !matches!(sketch.bits, [1 | 2, 0..=2]) {
-            let value = 10 * sketch.bits[0] + sketch.bits[1];
-            let expected = "1 or 2 of keys, 0 to 2 of values";
-            return Err(DeviceError::Unsupported { field: "bits", value, expected });
-        }
-        let per_bit = num_pages * shape.head_dim / 2;
-        sketch.key_lines.check("key_lines", sketch.bits[0] * per_bit)?;
-        sketch.key_scales.check("key_scales", num_pages * 16)?;
-        sketch.value_lines.check("value_lines", sketch.bits[1] * per_bit)?;
-        sketch.value_scales.check("value_scales", if sketch.bits[1] > 0 { num_pages * 16 } else { 0 })?;
-        sketch.masks.check("masks", num_pages)?;
-        sketch.spread.check("spread", num_pages)?;
-        sketch.signs.check("signs", shape.head_dim)?;
-        codes = [
-            sketch.key_lines.address(),
-            sketch.key_scales.address(),
-            sketch.value_lines.address(),
-            sketch.value_scales.address(),
-        ];
-        bits = sketch.bits.map(|bits| bits as u32);
-        (masks, spread) = (sketch.masks.address(), sketch.spread.address());
-        signs = sketch.signs.address();
-    }
+    let (out, num_pages) = pages.params(shape.head_dim)?;
     let mut params = PagesParams {
         cache: tables.params()?,
         k: 0,
         v: 0,
         strides: [0; 4],
         kv: kv.address(),
-        mean_keys: pages.mean_keys.address(),
-        mean_values: pages.mean_values.address(),
-        log_count: pages.log_count.address(),
-        codes,
-        masks,
-        spread,
-        signs,
+        out,
         dtype: 0,
         sequence: 0,
         run_first: 0,
         first_page: 0,
         in_step: 1,
-        num_pages: word("pages", num_pages)?,
-        key_bits: bits[0],
-        value_bits: bits[1],
+        num_pages,
     };
     let blocks = match source {
         PageSource::Step => (1, word("items", tables.items())?),

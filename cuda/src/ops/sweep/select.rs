@@ -21,6 +21,13 @@ const PAGE_BYTES: u32 = 4;
 pub enum UnitsMut<'a> {
     /// Pages, by their scores [num_pages / 16, group, 16]; device.
     Pages(DevMut<'a, f32>),
+    /// Whole pages under a budget of tokens, by score less ln count; the list says `ids` [num_pages, 16] of their tokens.
+    PagesOfTokens {
+        /// [num_pages / 16, group, 16]; device.
+        scores: DevMut<'a, f32>,
+        /// Places of each page that hold a token, `[num_pages]`, device.
+        masks: DevRef<'a, u16>,
+    },
     /// Tokens.
     Tokens {
         /// Of pages, [num_pages / 16, group, 16]; device.
@@ -39,9 +46,10 @@ pub struct Selection<'a> {
     pub lse: DevRef<'a, f32>,
     /// Log-sum-exp of what is attended anyway, [items, group]: heads whose mass lies there weigh less. Device.
     pub attended: Option<DevRef<'a, f32>>,
-    /// What the list says of a unit, one word each (`num_pages` of pages, `16 num_pages` of tokens); `None`: its number. Device.
+    /// What the list says of a unit, one word each (`num_pages` of pages, `16 num_pages` of tokens, also those of whole pages);
+    /// `None`: its number. Device.
     pub ids: Option<DevRef<'a, u32>>,
-    /// Units of an item at most.
+    /// Units of an item at most; tokens, where whole pages count by theirs.
     pub budget: u32,
     /// Units of each item at most, if fewer, `[items]`; device.
     pub budgets: Option<DevRef<'a, u32>>,
@@ -63,6 +71,7 @@ struct SelectParams {
     first: u64,
     end: u64,
     ids: u64,
+    masks: u64,
     budgets: u64,
     list_first: u64,
     list_end: u64,
@@ -118,10 +127,21 @@ impl Sweep {
         select.list_first.check("list_first", items)?;
         select.list_end.check("list_end", items)?;
         select.list.check("list", select.list.len().max(items * select.budget as usize))?;
+        let mut of_tokens = 0;
         let (unit, scores, residuals, per_page) = match &units {
             UnitsMut::Pages(scores) => {
                 self.check_scores(scores.len(), None)?;
                 ("pages", scores.address(), 0, 1)
+            }
+            UnitsMut::PagesOfTokens { scores, masks } => {
+                self.check_scores(scores.len(), None)?;
+                masks.check("masks", num_pages)?;
+                of_tokens = masks.address();
+                if select.ids.is_none() {
+                    let expected = "ids of the tokens of pages";
+                    return Err(DeviceError::Unsupported { field: "ids", value: 0, expected });
+                }
+                ("pages", scores.address(), 0, 16)
             }
             UnitsMut::Tokens { scores, residuals } => {
                 self.check_scores(scores.len(), Some(residuals.len()))?;
@@ -140,6 +160,7 @@ impl Sweep {
             first: select.pages.first.address(),
             end: select.pages.end.address(),
             ids: select.ids.map_or(0, |ids| ids.address()),
+            masks: of_tokens,
             budgets: select.budgets.map_or(0, |budgets| budgets.address()),
             list_first: select.list_first.address(),
             list_end: select.list_end.address(),

@@ -1,0 +1,249 @@
+//! Trees of the open sequences: when tokens join them, and when the device learns of it.
+//!
+//! ```text
+//! tokens   ... in trees on the device | submitted: workers insert them | newest 16 or fewer
+//!                                     |<------------- window to window + 15, attended exactly ------------->|
+//! ```
+//! Sixteen tokens are submitted as soon as their rows are queued, and the device hears of them in the step in which they leave the
+//! window, whatever the workers did in between: results do not depend on timing. Should the workers not be done by then, the step
+//! waits, and [`TreeReport::waits`] counts it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Event, Stream};
+use floe_cuda::ops::DeviceElem;
+use floe_cuda::ops::cache::{Tables, TreePage, TreePages, build_tree_pages};
+use rayon::ThreadPool;
+
+use super::engine::{GpuEngine, published};
+use super::options::{GpuOptions, Plan};
+use super::report::TreeReport;
+use super::tree::{Outcome, Place, Rows, TreeShape, TreeShard};
+use crate::error::{Error, Result};
+use crate::ids::{LayerId, SeqId};
+use crate::shape::PAGE_TOKENS;
+
+/// Pages that one kernel builds at most.
+const LISTED: usize = 16_384;
+
+/// Trees of a layer of a sequence.
+#[derive(Debug)]
+struct LayerTrees {
+    shards: Vec<Arc<TreeShard>>,
+    /// Host chunks of the rows, as far as they were needed.
+    chunks: Arc<Vec<Place>>,
+    /// Tokens `..submitted` are in the trees or on their way.
+    submitted: usize,
+    /// Tokens `..applied` are in the trees that the device knows.
+    applied: usize,
+    /// Pages of each kv head on the device; `None`: not told yet.
+    used: Option<Vec<u32>>,
+}
+
+/// Trees of all open sequences.
+#[derive(Debug)]
+pub(super) struct Trees {
+    pool: ThreadPool,
+    open: HashMap<SeqId, Vec<Option<LayerTrees>>>,
+    listed: DeviceBuffer<TreePage>,
+    pub(super) report: TreeReport,
+}
+
+impl Trees {
+    pub(super) fn new(device: &Device, options: &GpuOptions) -> Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if options.tree_threads == 0 { cores.div_ceil(2) } else { options.tree_threads };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("floe-tree-{i}"))
+            .build()
+            .map_err(|error| Error::config("tree_threads", threads, error.to_string()))?;
+        let listed = DeviceBuffer::zeros(device, LISTED)?;
+        Ok(Self {
+            pool,
+            open: HashMap::new(),
+            listed,
+            report: TreeReport { threads, ..TreeReport::default() },
+        })
+    }
+
+    /// Waits for the workers and forgets a sequence.
+    pub(super) fn close(&mut self, seq: SeqId) {
+        for layer in self.open.remove(&seq).into_iter().flatten().flatten() {
+            layer.shards.iter().for_each(|shard| shard.rest());
+        }
+    }
+}
+
+impl LayerTrees {
+    fn new(plan: &Plan, capacity: usize) -> Result<Self> {
+        let shape = plan.shape;
+        let shard = |head| {
+            let room = plan.pages_each(capacity);
+            TreeShard::new(TreeShape { head, dim: shape.head_dim, sinks: shape.sinks, room }).map(Arc::new)
+        };
+        let shards = (0..shape.heads).map(shard).collect::<Result<_>>()?;
+        Ok(Self { shards, chunks: Arc::default(), submitted: 0, applied: 0, used: None })
+    }
+}
+
+impl<E: DeviceElem> GpuEngine<E> {
+    /// Begins to build the trees of a layer over all tokens stored in it, on threads of their own: for when its prompt is complete, so
+    /// that the work overlaps the next layers'. Without this call the layer's first sparse step does it, and waits. Nothing to do
+    /// where pages are runs of tokens.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer; what the driver reports.
+    pub fn index(&mut self, seq: SeqId, layer: LayerId, stream: &Stream) -> Result<()> {
+        let stored = self.num_tokens(seq, layer)?;
+        let end = published(stored + 1, self.plan.shape.window) * PAGE_TOKENS;
+        self.submit_trees((seq, layer.0), end, stream)
+    }
+
+    /// Waits until everything that was begun with [`GpuEngine::index`] or by steps is in the trees.
+    pub fn wait_for_trees(&self) {
+        let layers = self.trees.iter().flat_map(|trees| trees.open.values()).flatten().flatten();
+        layers.flat_map(|layer| &layer.shards).for_each(|shard| shard.rest());
+    }
+
+    /// Has the tokens `..end` of a layer, whose rows are queued, join its trees.
+    fn submit_trees(&mut self, (seq, layer): (SeqId, usize), end: usize, stream: &Stream) -> Result<()> {
+        let Some(trees) = &mut self.trees else { return Ok(()) };
+        let open = self.places.get(seq)?;
+        let layers = trees.open.entry(seq).or_default();
+        layers.resize_with(self.config.num_layers, || None);
+        let of_layer = match &mut layers[layer] {
+            Some(of_layer) => of_layer,
+            none => none.insert(LayerTrees::new(&self.plan, open.capacity)?),
+        };
+        if end <= of_layer.submitted {
+            return Ok(());
+        }
+        let have = of_layer.chunks.len();
+        if have < open.chunks[layer].len() {
+            let fresh = open.chunks[layer][have..].iter().map(|&chunk| self.host.shared(chunk));
+            Arc::make_mut(&mut of_layer.chunks).extend(fresh);
+        }
+        let written = Arc::new(Event::new(&self.device)?);
+        written.record(stream)?;
+        let chunks = of_layer.chunks.clone();
+        let rows = Rows { first: of_layer.submitted, end, chunks, written };
+        for shard in &of_layer.shards {
+            shard.submit::<E>(rows.clone(), &trees.pool);
+        }
+        of_layer.submitted = end;
+        Ok(())
+    }
+
+    /// Brings the device's trees to the state that the step at `position` sees, and says how many pages the largest one has.
+    pub(super) fn follow_trees(
+        &mut self,
+        (seq, layer): (SeqId, usize),
+        position: usize,
+        stream: &Stream,
+    ) -> Result<usize> {
+        let window = self.plan.shape.window;
+        let end = published(position + 1, window) * PAGE_TOKENS;
+        self.submit_trees((seq, layer), end, stream)?;
+        // Ahead of need, sixteen at a time: what is taken in a step must not depend on what came later.
+        let ahead = (position / PAGE_TOKENS * PAGE_TOKENS).min(end + window / PAGE_TOKENS * PAGE_TOKENS);
+        loop {
+            let submitted = self.layer_trees((seq, layer)).map_or(ahead, |trees| trees.submitted);
+            if submitted + PAGE_TOKENS > ahead {
+                break;
+            }
+            self.submit_trees((seq, layer), submitted + PAGE_TOKENS, stream)?;
+        }
+        let Some(trees) = self.layer_trees((seq, layer)) else { return Ok(0) };
+        if trees.applied < end {
+            let (mut outcomes, mut waited) = (Vec::with_capacity(trees.shards.len()), false);
+            for shard in &trees.shards {
+                let (of_shard, wait) = shard.take(end)?;
+                waited |= wait;
+                outcomes.push(of_shard);
+            }
+            trees.applied = end;
+            if let Some(trees) = &mut self.trees {
+                trees.report.waits += u64::from(waited);
+            }
+            self.apply((seq, layer), outcomes, stream)?;
+        } else if trees.used.is_none() {
+            self.apply((seq, layer), Vec::new(), stream)?;
+        }
+        let used = self.layer_trees((seq, layer)).and_then(|trees| trees.used.as_ref());
+        Ok(used.and_then(|used| used.iter().max()).map_or(0, |&pages| pages as usize))
+    }
+
+    fn layer_trees(&mut self, (seq, layer): (SeqId, usize)) -> Option<&mut LayerTrees> {
+        self.trees.as_mut()?.open.get_mut(&seq)?.get_mut(layer)?.as_mut()
+    }
+
+    /// Tells the device what happened to the trees of a layer, by kv head.
+    fn apply(
+        &mut self,
+        (seq, layer): (SeqId, usize),
+        outcomes: Vec<Vec<Outcome>>,
+        stream: &Stream,
+    ) -> Result<()> {
+        let heads = self.plan.shape.heads;
+        let index = self.places.get(seq)?.index;
+        let Some(trees) = &mut self.trees else { return Ok(()) };
+        let Some(Some(of_layer)) = trees.open.get_mut(&seq).and_then(|layers| layers.get_mut(layer)) else {
+            return Ok(());
+        };
+        let mut used = of_layer.used.clone().unwrap_or_else(|| vec![0; heads]);
+        // One page of a launch has one block: of several changes of a page the last one stands.
+        let mut pages: BTreeMap<(u32, u32), TreePage> = BTreeMap::new();
+        for (used, of_shard) in used.iter_mut().zip(outcomes) {
+            for outcome in of_shard {
+                *used = outcome.used;
+                let report = &mut trees.report;
+                if outcome.tokens > PAGE_TOKENS {
+                    report.builds += 1;
+                    report.build_us += outcome.micros;
+                } else {
+                    report.batches += 1;
+                    report.batch_us += outcome.micros;
+                    report.batch_pages += outcome.pages.len() as u64;
+                }
+                pages.extend(outcome.pages.iter().map(|page| ((page.head, page.page), *page)));
+            }
+        }
+        let pages: Vec<TreePage> = pages.into_values().collect();
+        let memory = &mut self.layers[layer];
+        let tables = Tables {
+            shape: self.plan.shape,
+            batch: self.batch.view(),
+            sequences: self.sequences.view(),
+            chunks: memory.chunks.view(),
+        };
+        for part in pages.chunks(LISTED) {
+            trees.listed.write_async(0, part, stream)?;
+            let listed = trees.listed.view().slice(0..part.len()).map_err(DeviceError::from)?;
+            let (to, tokens) = memory.pages.write_tree(self.shared.signs());
+            let from = TreePages { sequence: index, listed, tokens };
+            build_tree_pages(stream, &tables, from, memory.kv.view(), to)?;
+        }
+        memory.pages.tree_pages.write_async(index * heads, &used, stream)?;
+        // More than there are: spreads are summed up anew.
+        memory.doubt.sums.write_async(index * heads, &vec![[u32::MAX, 0]; heads], stream)?;
+        of_layer.used = Some(used);
+        Ok(())
+    }
+
+    /// Forgets what the trees of a sequence hold at and after position `num_tokens`, and what was about to leave the window.
+    pub(super) fn truncate_trees(&mut self, seq: SeqId, num_tokens: usize, stream: &Stream) -> Result<()> {
+        let end = published(num_tokens + 1, self.plan.shape.window) * PAGE_TOKENS;
+        for layer in 0..self.config.num_layers {
+            let Some(trees) = self.layer_trees((seq, layer)) else { continue };
+            let outcomes = trees.shards.iter().map(|shard| shard.truncate(end)).collect::<Result<_>>()?;
+            trees.submitted = trees.submitted.min(end);
+            trees.applied = trees.submitted;
+            // What was forgotten may have shared its chunks with another sequence, and is written elsewhere from now on.
+            trees.chunks = Arc::default();
+            self.apply((seq, layer), outcomes, stream)?;
+        }
+        Ok(())
+    }
+}
