@@ -14,8 +14,8 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    AppendStep, DeviceTensor, DoubtCheck, FetchList, FinishStart, FoundUnit, PageSource, Ranges, Resolve,
-    Tables, append_step, build_pages, fetch_listed, finish, resolve,
+    AppendStep, DeviceTensor, DoubtCheck, FetchList, FetchPace, FinishStart, FoundUnit, PageSource, Ranges,
+    Resolve, Tables, append_step, build_pages, fetch_listed, finish, resolve,
 };
 use floe_cuda::ops::sweep::{
     Beside, KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
@@ -27,6 +27,8 @@ use floe_cuda::ops::{
 };
 use half::f16;
 
+use super::ahead::AheadList;
+use super::clock::{Clock, Stage};
 use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
 
@@ -41,6 +43,8 @@ pub(super) struct ChainShape {
     pub(super) exact_tokens: usize,
     /// Most published pages of an entry, where none is.
     pub(super) pages: usize,
+    /// The layer's parity where steps prefetch, else 0: what a step leaves behind is read while the next layer's runs.
+    pub(super) parity: usize,
 }
 
 /// A host engine's tensors of a step.
@@ -57,29 +61,47 @@ pub(super) struct StepIo {
 /// Memory that does not depend on the shape of a step.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// [pages / 16, group, 16]
-    page_scores: DeviceBuffer<f32>,
-    /// What tokens add to them, [pages, group, 16], with a sketch.
-    residuals: DeviceBuffer<f16>,
+    /// By the chain's parity.
+    scores: Vec<Scores>,
     signs: Option<DeviceBuffer<f32>>,
     /// For pages, for tails.
     sides: [Stream; 2],
     forks: [Event; 2],
     joins: [Event; 2],
+    pub(super) clock: Clock,
+}
+
+/// A stream that steps are recorded on, or a side of it: where something is prefetched, a step goes first.
+pub(super) fn recording_stream(device: &Device, plan: &Plan) -> Result<Stream, DeviceError> {
+    if plan.prefetch > 0 { Stream::urgent(device) } else { Stream::new(device) }
+}
+
+/// Scores of a step.
+#[derive(Debug)]
+struct Scores {
+    /// [pages / 16, group, 16]
+    pages: DeviceBuffer<f32>,
+    /// What tokens add to them, [pages, group, 16], with a sketch.
+    residuals: DeviceBuffer<f16>,
 }
 
 impl Shared {
     pub(super) fn new(device: &Device, plan: &Plan, options: &GpuOptions) -> Result<Self, crate::Error> {
         let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
         let group = plan.shape.group;
+        let residuals = if plan.by_token() { pages * group * 16 } else { 0 };
+        let scores = || -> Result<_, DeviceError> {
+            let residuals = DeviceBuffer::zeros(device, residuals)?;
+            Ok(Scores { pages: DeviceBuffer::zeros(device, pages * group)?, residuals })
+        };
         let signs = if plan.by_token() { Some(rotation_signs(plan.shape.head_dim)?) } else { None };
         Ok(Self {
-            page_scores: DeviceBuffer::zeros(device, pages * group)?,
-            residuals: DeviceBuffer::zeros(device, if plan.by_token() { pages * group * 16 } else { 0 })?,
+            scores: (0..if plan.prefetch > 0 { 2 } else { 1 }).map(|_| scores()).collect::<Result<_, _>>()?,
             signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
-            sides: [Stream::new(device)?, Stream::new(device)?],
+            sides: [recording_stream(device, plan)?, recording_stream(device, plan)?],
             forks: [Event::new(device)?, Event::new(device)?],
             joins: [Event::new(device)?, Event::new(device)?],
+            clock: Clock::new(device),
         })
     }
 
@@ -88,7 +110,21 @@ impl Shared {
     }
 
     pub(super) fn size_bytes(&self) -> usize {
-        self.page_scores.view().len() * 4 + self.residuals.view().len() * 2
+        let bytes = |scores: &Scores| scores.pages.view().len() * 4 + scores.residuals.view().len() * 2;
+        self.scores.iter().map(bytes).sum()
+    }
+}
+
+impl Scores {
+    /// What is selected from.
+    fn units<'a, E: DeviceElem>(&'a mut self, plan: &Plan, pages: &'a PageMemory<E>) -> UnitsMut<'a> {
+        if plan.by_token() {
+            UnitsMut::Tokens { scores: self.pages.view(), residuals: self.residuals.view_mut() }
+        } else if plan.tree {
+            UnitsMut::PagesOfTokens { scores: self.pages.view_mut(), masks: pages.masks.view() }
+        } else {
+            UnitsMut::Pages(self.pages.view_mut())
+        }
     }
 }
 
@@ -136,6 +172,7 @@ struct Sparse {
     chosen: State,
     tail: State,
     whole: Option<Whole>,
+    ahead: Option<AheadList>,
 }
 
 /// Attention over all tokens of the items that are in doubt.
@@ -209,6 +246,9 @@ impl Sparse {
             chosen: State::new(device, items * cache.group, cache.head_dim)?,
             tail: State::new(device, items * cache.group, cache.head_dim)?,
             whole: plan.max_doubt.map(|_| whole()).transpose()?,
+            ahead: (plan.prefetch > 0)
+                .then(|| AheadList::new(device, items, plan.prefetch_units()))
+                .transpose()?,
         })
     }
 }
@@ -252,7 +292,7 @@ impl<E: DeviceElem> Chain<E> {
         layer: &mut LayerMemory<E>,
         io: &StepIo,
     ) -> Result<(), DeviceError> {
-        let LayerMemory { kv, chunks, pages, slots, doubt } = layer;
+        let LayerMemory { kv, chunks, pages, slots, doubt, ahead } = layer;
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
@@ -282,21 +322,24 @@ impl<E: DeviceElem> Chain<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            num_ahead: ahead.as_mut().map(|ahead| ahead.num.view_mut()),
             tree_pages: plan.tree.then(|| pages.tree_pages.view()),
             doubt,
         };
-        append_step(stream, tables, append)?;
+        shared.clock.time(Stage::Append, stream, || append_step(stream, tables, append))?;
         let params = AttendParams { scale, softcap: None };
         if let Some((attend, state)) = &mut self.exact {
             let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
             let rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
-            dense_decode(stream, attend, &args, rows, state.write())?;
+            let work = || dense_decode(stream, attend, &args, rows, state.write());
+            shared.clock.time(Stage::Attend, stream, work)?;
         }
         if self.sparse.is_some() {
             self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots), params)?;
         }
         if let Some((_, state)) = &self.exact {
-            finish(stream, tables, &[state.read()], &io.out, FinishStart::Early)?;
+            let work = || finish(stream, tables, &[state.read()], &io.out, FinishStart::Early);
+            shared.clock.time(Stage::Finish, stream, work)?;
         }
         let Some(sparse) = &self.sparse else { return Ok(()) };
         stream.wait(&shared.joins[0])?;
@@ -305,7 +348,8 @@ impl<E: DeviceElem> Chain<E> {
             parts.push(sparse.tail.read());
         }
         parts.extend(sparse.whole.as_ref().map(|whole| whole.state.read()));
-        finish(stream, tables, &parts, &io.out, FinishStart::AfterAll)
+        let work = || finish(stream, tables, &parts, &io.out, FinishStart::AfterAll);
+        shared.clock.time(Stage::Finish, stream, work)
     }
 
     fn queue_sparse(
@@ -317,17 +361,21 @@ impl<E: DeviceElem> Chain<E> {
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
+        let scores = &mut shared.scores[self.shape.parity];
         shared.forks[0].record(stream)?;
         shared.sides[0].wait(&shared.forks[0])?;
+        let side = &shared.sides[0];
         if !plan.tree {
             let built = memory.write(shared.signs.as_ref());
-            build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+            let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
+            shared.clock.time(Stage::Pages, side, work)?;
         }
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         if let Some(Whole { plan: attend, state, warm }) = &mut sparse.whole {
             let items = WholeItems { rows: whole_rows, warm: warm.view(), heads: plan.shape.heads };
-            whole_decode(&shared.sides[0], attend, &args, items, state.write())?;
+            let work = || whole_decode(side, attend, &args, items, state.write());
+            shared.clock.time(Stage::Whole, side, work)?;
         }
         shared.joins[0].record(&shared.sides[0])?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
@@ -343,12 +391,13 @@ impl<E: DeviceElem> Chain<E> {
                 spread: floe_index::export::token_spread(plan.bits[0]),
             };
             let to = TokenScoresMut {
-                scores: shared.page_scores.view_mut(),
-                residuals: shared.residuals.view_mut(),
+                scores: scores.pages.view_mut(),
+                residuals: scores.residuals.view_mut(),
                 lse: sparse.unit_lse.view_mut(),
             };
             let means = PageKeys { keys: memory.mean_keys.view(), pages };
-            sparse.sweep.token_scores(stream, query, &means, &codes, to)?;
+            let work = || sparse.sweep.token_scores(stream, query, &means, &codes, to);
+            shared.clock.time(Stage::Scan, stream, work)?;
         } else {
             let summaries = Summaries {
                 keys: memory.mean_keys.view(),
@@ -356,8 +405,9 @@ impl<E: DeviceElem> Chain<E> {
                 pages,
                 spreads: plan.tree.then(|| (memory.spread.view(), floe_index::export::PAGE_SPREAD)),
             };
-            let (scores, lse) = (shared.page_scores.view_mut(), sparse.unit_lse.view_mut());
-            sparse.sweep.page_scores(stream, query, &summaries, scores, lse)?;
+            let (to, lse) = (scores.pages.view_mut(), sparse.unit_lse.view_mut());
+            let work = || sparse.sweep.page_scores(stream, query, &summaries, to, lse);
+            shared.clock.time(Stage::Scan, stream, work)?;
         }
         let selection = Selection {
             pages,
@@ -370,16 +420,11 @@ impl<E: DeviceElem> Chain<E> {
             list_end: sparse.found_end.view_mut(),
             list: sparse.found.view_mut(),
         };
-        let units = if plan.by_token() {
-            UnitsMut::Tokens { scores: shared.page_scores.view(), residuals: shared.residuals.view_mut() }
-        } else if plan.tree {
-            UnitsMut::PagesOfTokens { scores: shared.page_scores.view_mut(), masks: memory.masks.view() }
-        } else {
-            UnitsMut::Pages(shared.page_scores.view_mut())
-        };
-        sparse.sweep.select(stream, selection, units)?;
+        let units = scores.units(plan, memory);
+        let work = || sparse.sweep.select(stream, selection, units);
+        shared.clock.time(Stage::Select, stream, work)?;
         let tail = {
-            let scores = shared.page_scores.view();
+            let (scores, residuals) = (scores.pages.view(), scores.residuals.view());
             let units = match rotation {
                 None => TailUnits::Pages(scores),
                 Some(rotation) => {
@@ -389,7 +434,7 @@ impl<E: DeviceElem> Chain<E> {
                         scales: memory.value_scales.view(),
                         rotation,
                     });
-                    TailUnits::Tokens(TokenScores { scores, residuals: shared.residuals.view() }, values)
+                    TailUnits::Tokens(TokenScores { scores, residuals }, values)
                 }
             };
             let (lse, values) = (sparse.unit_lse.view(), memory.mean_values.view());
@@ -399,7 +444,9 @@ impl<E: DeviceElem> Chain<E> {
         if beside {
             shared.forks[1].record(stream)?;
             shared.sides[1].wait(&shared.forks[1])?;
-            sparse.sweep.tail(&shared.sides[1], &tail, sparse.tail.write())?;
+            let side = &shared.sides[1];
+            let work = || sparse.sweep.tail(side, &tail, sparse.tail.write());
+            shared.clock.time(Stage::Tail, side, work)?;
             shared.joins[1].record(&shared.sides[1])?;
         }
         let found = Resolve {
@@ -416,8 +463,10 @@ impl<E: DeviceElem> Chain<E> {
             to: sparse.to.view_mut(),
             num: self.num_fetch.view_mut(),
         };
-        resolve::<E>(stream, tables, found, slots.write(), &mut fetch)?;
-        fetch_listed(stream, plan.shape.head_dim, &fetch, kv.view_mut())?;
+        let work = || resolve::<E>(stream, tables, found, slots.write(), &mut fetch);
+        shared.clock.time(Stage::Resolve, stream, work)?;
+        let work = || fetch_listed(stream, plan.shape.head_dim, (&fetch, FetchPace::Full), kv.view_mut());
+        shared.clock.time(Stage::Fetch, stream, work)?;
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         let lists = Lists::Rows {
             spans: Spans { first: sparse.list_first.view(), end: sparse.list_end.view() },
@@ -426,10 +475,38 @@ impl<E: DeviceElem> Chain<E> {
         let Sparse { attend, chosen, tail: tail_state, sweep, .. } = sparse;
         if plan.tail && !beside {
             let attention = Beside { plan: attend, args, lists };
-            return sweep.tail_and_decode(stream, &tail, tail_state.write(), attention, chosen.write());
+            let work = || sweep.tail_and_decode(stream, &tail, tail_state.write(), attention, chosen.write());
+            return shared.clock.time(Stage::Attend, stream, work);
         }
-        sparse_decode(stream, attend, &args, lists, chosen.write())?;
+        let work = || sparse_decode(stream, attend, &args, lists, chosen.write());
+        shared.clock.time(Stage::Attend, stream, work)?;
         if beside { stream.wait(&shared.joins[1]) } else { Ok(()) }
+    }
+
+    /// Behind a sparse step: the next best units of its scores, which are then gone.
+    pub(super) fn select_ahead(
+        &mut self,
+        stream: &Stream,
+        (plan, shared): (&Plan, &mut Shared),
+        pages: &PageMemory<E>,
+    ) -> Result<Option<&AheadList>, DeviceError> {
+        let Some(Sparse { sweep, unit_lse, ahead: Some(ahead), .. }) = &mut self.sparse else {
+            return Ok(None);
+        };
+        let selection = Selection {
+            pages: Spans { first: self.ranges[0].view(), end: self.ranges[1].view() },
+            lse: unit_lse.view(),
+            attended: None,
+            ids: None,
+            budget: plan.prefetch_units() as u32,
+            budgets: None,
+            list_first: ahead.first.view(),
+            list_end: ahead.end.view_mut(),
+            list: ahead.list.view_mut(),
+        };
+        let units = shared.scores[self.shape.parity].units(plan, pages);
+        shared.clock.time(Stage::Ahead, stream, || sweep.select(stream, selection, units))?;
+        Ok(Some(ahead))
     }
 
     /// What the last step left on the device; waits.

@@ -5,9 +5,10 @@ use std::ops::Range;
 use bytemuck::Pod;
 use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
-use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
+use floe_cuda::ops::cache::{PageSketch, Pages, SequencePlace, Slots};
 use half::f16;
 
+use super::ahead::AheadMemory;
 use super::options::{GpuOptions, Plan};
 
 /// Rows, summaries and slots of one layer, all sequences together.
@@ -20,6 +21,8 @@ pub(super) struct LayerMemory<E> {
     pub(super) pages: PageMemory<E>,
     pub(super) slots: SlotMemory,
     pub(super) doubt: DoubtMemory,
+    /// Rows on their way for the next step, where steps prefetch.
+    pub(super) ahead: Option<AheadMemory>,
 }
 
 /// Summaries and sketches of the pages.
@@ -55,7 +58,7 @@ pub(super) struct SlotMemory {
     pub(super) token_of_row: DeviceBuffer<u32>,
     pub(super) used: DeviceBuffer<u32>,
     pub(super) hand: DeviceBuffer<u32>,
-    /// Rows found in slots, rows fetched.
+    /// Rows found in slots, rows fetched, rows fetched ahead.
     pub(super) counters: DeviceBuffer<u64>,
 }
 
@@ -105,6 +108,8 @@ impl<E: DeviceElem> LayerMemory<E> {
         let bits = plan.bits;
         let sketched = |bits: usize| if bits > 0 { pages } else { 0 };
         let rows = if plan.exact { 0 } else { options.rows };
+        let items = options.max_batch.next_power_of_two() * heads;
+        let ahead = || AheadMemory::new(device, plan, items);
         let mut memory = Self {
             kv: DeviceBuffer::zeros(device, options.rows * 2 * dim)?,
             chunks: DeviceBuffer::zeros(device, options.max_sequences * chunks)?,
@@ -130,9 +135,10 @@ impl<E: DeviceElem> LayerMemory<E> {
                 token_of_row: DeviceBuffer::zeros(device, rows)?,
                 used: DeviceBuffer::zeros(device, rows)?,
                 hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
-                counters: DeviceBuffer::zeros(device, 2)?,
+                counters: DeviceBuffer::zeros(device, 3)?,
             },
             doubt: DoubtMemory::new(device, options.max_sequences * heads)?,
+            ahead: (plan.prefetch > 0).then(ahead).transpose()?,
         };
         let stream = Stream::new(device)?;
         memory.slots.row_of_token.fill_bytes(0xff, &stream)?;
@@ -232,6 +238,20 @@ fn copy_part<T: Pod>(
 }
 
 impl SlotMemory {
+    /// No slot of a place of so many kv heads holds anything.
+    pub(super) fn forget(
+        &mut self,
+        place: &SequencePlace,
+        heads: usize,
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        let (first, each) = (place.pages as usize * 16, place.pages_each as usize * 16);
+        let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
+        self.row_of_token.fill_range(first..first + each * heads, 0xff, stream)?;
+        self.token_of_row.fill_range(rows.clone(), 0xff, stream)?;
+        self.used.fill_range(rows, 0, stream)
+    }
+
     pub(super) fn write(&mut self) -> Slots<'_> {
         Slots {
             row_of_token: self.row_of_token.view_mut(),

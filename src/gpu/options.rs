@@ -65,6 +65,9 @@ pub struct GpuOptions {
     pub tail: TailPlace,
     /// How steps are submitted.
     pub submit: Submit,
+    /// Tokens of a kv head that are brought into slots behind a sparse step, on streams of their own: the next best beyond those that it
+    /// retrieved, for the layer's next step. 0: none. Whole pages where pages are selected.
+    pub prefetch: usize,
     /// Threads that build and extend trees; 0: half of the cores.
     pub tree_threads: usize,
 }
@@ -91,6 +94,7 @@ impl GpuOptions {
             prefer: Prefer::default(),
             tail: TailPlace::default(),
             submit: Submit::default(),
+            prefetch: 0,
             tree_threads: 0,
         }
     }
@@ -126,6 +130,8 @@ pub(super) struct Plan {
     pub(super) max_doubt: Option<f32>,
     /// Tokens that a step retrieves at most.
     pub(super) retrieved: usize,
+    /// Tokens that are brought in for the next step at most.
+    pub(super) prefetch: usize,
     /// Slots of a kv head once a sequence does not fit densely.
     pub(super) slots: usize,
 }
@@ -191,6 +197,20 @@ impl Plan {
             let reason = format!("must hold the {retrieved} tokens that a step retrieves");
             return Err(Error::config("hot.slots", config.hot.slots, reason));
         }
+        let mut prefetch = if exact { 0 } else { options.prefetch };
+        if bits[0] == 0 {
+            prefetch = prefetch / PAGE_TOKENS * PAGE_TOKENS;
+        }
+        if tree && prefetch > 0 {
+            let reason = "must be 0 where pages come from trees, which change between steps";
+            return Err(Error::config("prefetch", options.prefetch, reason));
+        }
+        if prefetch > RETRIEVED_MAX || retrieved + prefetch > config.hot.slots.max(retrieved) {
+            let reason = format!(
+                "must be at most {RETRIEVED_MAX} and fit hot.slots beside {retrieved} retrieved tokens"
+            );
+            return Err(Error::config("prefetch", options.prefetch, reason));
+        }
         for (field, value) in [
             ("max_sequences", options.max_sequences),
             ("max_tokens", options.max_tokens),
@@ -206,7 +226,7 @@ impl Plan {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
         let slots = config.hot.slots;
-        Ok(Self { shape, exact, bits, tail, tail_place, tree, max_doubt, retrieved, slots })
+        Ok(Self { shape, exact, bits, tail, tail_place, tree, max_doubt, retrieved, prefetch, slots })
     }
 
     /// Whether tokens are selected, by their sketches; else pages.
@@ -233,6 +253,11 @@ impl Plan {
     /// Pages of a kv head of a sequence of at most `capacity` tokens, a multiple of 16.
     pub(super) fn pages_each(&self, capacity: usize) -> usize {
         if self.exact { 0 } else { pages_each(capacity, self.tree) }
+    }
+
+    /// Units that are brought in for the next step at most.
+    pub(super) const fn prefetch_units(&self) -> usize {
+        if self.by_token() { self.prefetch } else { self.prefetch / PAGE_TOKENS }
     }
 
     /// Rows of a kv head with slots at least.
