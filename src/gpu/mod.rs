@@ -17,6 +17,10 @@
 //! the CPU, up to rounding and to the variance terms of its scores. While all rows of a sequence fit on the device it lies
 //! densely, and its steps are exact whenever that is predicted to be faster ([`CostModel`], printed in [`GpuReport::rule`]).
 //!
+//! Where the codes are too coarse for a head's queries (`max_doubt`), it attends all of its rows, from the device or in place in host
+//! memory; [`GpuReport::doubt_rate`] says how often. With [`GpuOptions::prefetch`] the next best units are brought into slots behind a
+//! step, on streams of their own, for the layer's next one. [`GpuEngine::stages`] tells when the stages of steps ran.
+//!
 //! # Views of a host engine's memory
 //! A tensor is a [`DeviceTensor`]: address, element type (bf16, f16, f32), shape `[n, heads, head_dim]`, strides of the first two
 //! dimensions in elements; rows are contiguous. For a PyTorch tensor `t` of shape `[b, heads, d]` with `t.stride(2) == 1`:
