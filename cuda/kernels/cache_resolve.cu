@@ -74,14 +74,14 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
     }
     const SequencePlace s = c.sequences[e.sequence];
     const uint32_t base = s.rows + head * s.rows_each, slots_at = base + c.sinks + c.ring;
-    const uint32_t sinks = min(c.sinks, e.tokens), newest = max(min(published(c, e.tokens), s.pages_each) * 16, sinks);
+    const uint32_t sinks = min(c.sinks, e.tokens), newest = max((s.tokens_each ? published(c, e.tokens) : min(published(c, e.tokens), s.pages_each)) * 16, sinks);
     const uint32_t fixed = min(sinks + e.tokens - newest, p.list_each);
     for (uint32_t i = tid; i < fixed; i += RESOLVE_THREADS)
         p.list[list + i] = row_of(c, s, head, i < sinks ? i : newest + i - sinks);
 
     const uint32_t first = p.found_first[item];
     const uint32_t found = min(min((p.found_end[item] - first) << p.unit_shift, p.retrieved), p.list_each - fixed);
-    const uint32_t token_base = (s.pages + head * s.pages_each) * 16;
+    const uint32_t token_base = floe::token_base(s, head);
     if (s.slots == DENSE) {
         for (uint32_t i = tid; i < found; i += RESOLVE_THREADS) p.list[list + fixed + i] = base + token_at(p, first, i) - token_base;
         if (tid == 0) p.list_end[item] = list + fixed + found;

@@ -27,7 +27,7 @@ use floe_cuda::ops::{
 };
 use half::f16;
 
-use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
+use super::layer::{DoubtMemory, LayerMemory, NodeMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
 
 /// Shape of a chain: every number a power of two, so that few chains serve all steps.
@@ -136,7 +136,13 @@ struct Sparse {
     chosen: State,
     tail: State,
     whole: Option<Whole>,
+    /// Where the host chooses pages.
+    nodes: Option<Nodes>,
 }
+
+/// Layer memory that a sparse step works on.
+type LayerParts<'a, E> =
+    (&'a mut DeviceBuffer<E>, &'a mut PageMemory<E>, &'a mut SlotMemory, &'a mut NodeMemory<E>);
 
 /// Attention over all tokens of the items that are in doubt.
 #[derive(Debug)]
@@ -171,8 +177,14 @@ impl State {
 }
 
 impl Sparse {
-    fn new(device: &Device, plan: &Plan, shape: ChainShape, num_pages: usize) -> Result<Self, DeviceError> {
+    fn new(
+        device: &Device,
+        plan: &Plan,
+        options: &GpuOptions,
+        shape: ChainShape,
+    ) -> Result<Self, DeviceError> {
         let cache = plan.shape;
+        let num_pages = options.page_tokens / 16;
         let items = shape.entries * cache.heads;
         let units = plan.units();
         let list_each = cache.fixed_max() + plan.retrieved;
@@ -209,11 +221,83 @@ impl Sparse {
             chosen: State::new(device, items * cache.group, cache.head_dim)?,
             tail: State::new(device, items * cache.group, cache.head_dim)?,
             whole: plan.max_doubt.map(|_| whole()).transpose()?,
+            nodes: plan.listed.map(|_| Nodes::new(device, plan, options, shape.entries)).transpose()?,
+        })
+    }
+}
+
+/// Super-nodes of the items, and their state.
+#[derive(Debug)]
+struct Nodes {
+    sweep: Sweep,
+    first: DeviceBuffer<u32>,
+    end: DeviceBuffer<u32>,
+    /// Sequence of each entry that `first` and `end` are of.
+    of: Vec<u32>,
+    scores: DeviceBuffer<f32>,
+    lse: DeviceBuffer<f32>,
+    state: State,
+}
+
+impl Nodes {
+    fn new(device: &Device, plan: &Plan, options: &GpuOptions, entries: usize) -> Result<Self, DeviceError> {
+        let cache = plan.shape;
+        let (items, num) = (entries * cache.heads, plan.nodes(options));
+        let each = plan.nodes_each(options.max_tokens);
+        let scan = ScanShape {
+            items,
+            group: cache.group,
+            head_dim: cache.head_dim,
+            pages_max: each,
+            num_pages: num,
+        };
+        Ok(Self {
+            sweep: Sweep::new(device, scan)?,
+            first: DeviceBuffer::zeros(device, items)?,
+            end: DeviceBuffer::zeros(device, items)?,
+            of: vec![u32::MAX; entries],
+            scores: DeviceBuffer::zeros(device, num * cache.group)?,
+            lse: DeviceBuffer::zeros(device, items * cache.group)?,
+            state: State::new(device, items * cache.group, cache.head_dim)?,
         })
     }
 }
 
 impl<E: DeviceElem> Chain<E> {
+    /// The queries of the step, [items, group, head_dim].
+    pub(super) fn queries(&self) -> DevRef<'_, E> {
+        self.q.view()
+    }
+
+    /// Says whose super-nodes the entries have, where the host chooses pages; entries of nobody have none.
+    pub(super) fn enter(
+        &mut self,
+        (plan, each): (&Plan, usize),
+        sequences: &[u32],
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        let Some(nodes) = self.sparse.as_mut().and_then(|sparse| sparse.nodes.as_mut()) else {
+            return Ok(());
+        };
+        if nodes.of[..] == *sequences {
+            return Ok(());
+        }
+        let heads = plan.shape.heads as u32;
+        let (mut first, mut end) = (Vec::new(), Vec::new());
+        for &sequence in sequences {
+            for head in 0..heads {
+                let there = sequence != u32::MAX;
+                let start = if there { (sequence * heads + head) * each as u32 } else { 0 };
+                first.push(start);
+                end.push(if there { start + each as u32 } else { 0 });
+            }
+        }
+        nodes.first.write_async(0, &first, stream)?;
+        nodes.end.write_async(0, &end, stream)?;
+        nodes.of = sequences.to_vec();
+        Ok(())
+    }
+
     pub(super) fn new(
         device: &Device,
         plan: &Plan,
@@ -229,7 +313,7 @@ impl<E: DeviceElem> Chain<E> {
         let exact = || -> Result<_, DeviceError> {
             Ok((DecodePlan::new(device, exact)?, State::new(device, heads, cache.head_dim)?))
         };
-        let sparse = || Sparse::new(device, plan, shape, options.page_tokens / 16);
+        let sparse = || Sparse::new(device, plan, options, shape);
         Ok(Self {
             q: DeviceBuffer::zeros(device, heads * cache.head_dim)?,
             ranges: [words()?, words()?, words()?, words()?],
@@ -252,7 +336,7 @@ impl<E: DeviceElem> Chain<E> {
         layer: &mut LayerMemory<E>,
         io: &StepIo,
     ) -> Result<(), DeviceError> {
-        let LayerMemory { kv, chunks, pages, slots, doubt } = layer;
+        let LayerMemory { kv, chunks, pages, slots, doubt, nodes } = layer;
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
@@ -293,7 +377,7 @@ impl<E: DeviceElem> Chain<E> {
             dense_decode(stream, attend, &args, rows, state.write())?;
         }
         if self.sparse.is_some() {
-            self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots), params)?;
+            self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots, nodes), params)?;
         }
         if let Some((_, state)) = &self.exact {
             finish(stream, tables, &[state.read()], &io.out, FinishStart::Early)?;
@@ -304,6 +388,7 @@ impl<E: DeviceElem> Chain<E> {
         if plan.tail && plan.tail_place == TailPlace::Beside {
             parts.push(sparse.tail.read());
         }
+        parts.extend(sparse.nodes.as_ref().map(|nodes| nodes.state.read()));
         parts.extend(sparse.whole.as_ref().map(|whole| whole.state.read()));
         finish(stream, tables, &parts, &io.out, FinishStart::AfterAll)
     }
@@ -313,7 +398,7 @@ impl<E: DeviceElem> Chain<E> {
         stream: &Stream,
         (plan, shared): (&Plan, &mut Shared),
         tables: &Tables<'_>,
-        (kv, memory, slots): (&mut DeviceBuffer<E>, &mut PageMemory<E>, &mut SlotMemory),
+        (kv, memory, slots, of_nodes): LayerParts<'_, E>,
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
@@ -322,6 +407,28 @@ impl<E: DeviceElem> Chain<E> {
         if !plan.tree {
             let built = memory.write(shared.signs.as_ref());
             build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+        }
+        if let Some(nodes) = &mut sparse.nodes {
+            let pages = Spans { first: nodes.first.view(), end: nodes.end.view() };
+            let summaries = Summaries {
+                keys: of_nodes.mean_keys.view(),
+                log_count: of_nodes.log_count.view(),
+                pages,
+                spreads: Some((of_nodes.spread.view(), floe_index::export::PAGE_SPREAD)),
+            };
+            let (query, side) = ((self.q.view(), params.scale), &shared.sides[0]);
+            nodes.sweep.page_scores(
+                side,
+                query,
+                &summaries,
+                nodes.scores.view_mut(),
+                nodes.lse.view_mut(),
+            )?;
+            if plan.tail {
+                let units = TailUnits::Pages(nodes.scores.view());
+                let (lse, values) = (nodes.lse.view(), of_nodes.mean_values.view());
+                nodes.sweep.tail(side, &TailArgs { units, lse, values, pages }, nodes.state.write())?;
+            }
         }
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };

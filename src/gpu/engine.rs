@@ -70,7 +70,7 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) trees: Option<Trees>,
     pub(super) batch: DeviceBuffer<BatchEntry>,
     /// What the device holds in `batch`.
-    uploaded: Vec<BatchEntry>,
+    pub(super) uploaded: Vec<BatchEntry>,
     pub(super) sequences: DeviceBuffer<SequencePlace>,
     pub(super) host: HostPool,
     pub(super) places: Places,
@@ -237,7 +237,11 @@ impl<E: DeviceElem> GpuEngine<E> {
         let io =
             StepIo { q: step.q, k: step.k_new, v: step.v_new, out: step.out, scale: step.scale.to_bits() };
         let padded = pad(&io, shape.entries);
+        self.enter_nodes(&shape, stream)?;
         self.run(layer, shape, &padded, stream)?;
+        if !exact {
+            self.ask_trees((step.sequences, layer), (&shape, step.scale), stream)?;
+        }
         self.layers[layer].doubt.warn(layer);
         for seq in step.sequences {
             let window = self.plan.shape.window;
@@ -278,8 +282,8 @@ impl<E: DeviceElem> GpuEngine<E> {
         for memory in &mut self.layers {
             // Slots of what is forgotten may be asked for again with other contents.
             for head in 0..shape.heads {
-                let tokens = (place.pages as usize + head * place.pages_each as usize) * 16;
-                let end = tokens + place.pages_each as usize * 16;
+                let tokens = place.tokens as usize + head * place.tokens_each as usize;
+                let end = tokens + place.tokens_each as usize;
                 let from = (tokens + num_tokens).min(end);
                 memory.slots.row_of_token.fill_range(from..end, 0xff, stream)?;
             }
@@ -556,11 +560,11 @@ impl<E: DeviceElem> GpuEngine<E> {
             return Ok(());
         }
         let heads = self.plan.shape.heads;
-        let tokens = place.pages as usize * 16;
+        let tokens = place.tokens as usize;
         let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
         for memory in &mut self.layers {
             let slots = &mut memory.slots;
-            let end = tokens + place.pages_each as usize * 16 * heads;
+            let end = tokens + place.tokens_each as usize * heads;
             slots.row_of_token.fill_range(tokens..end, 0xff, stream)?;
             slots.token_of_row.fill_range(rows.clone(), 0xff, stream)?;
             slots.used.fill_range(rows.clone(), 0, stream)?;

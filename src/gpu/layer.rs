@@ -8,6 +8,7 @@ use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
 use half::f16;
 
+use super::nodes::Summary;
 use super::options::{GpuOptions, Plan};
 
 /// Rows, summaries and slots of one layer, all sequences together.
@@ -20,6 +21,39 @@ pub(super) struct LayerMemory<E> {
     pub(super) pages: PageMemory<E>,
     pub(super) slots: SlotMemory,
     pub(super) doubt: DoubtMemory,
+    /// Where the host chooses the pages.
+    pub(super) nodes: NodeMemory<E>,
+}
+
+/// Super-nodes that stand for pages which are not on the device, [sequences, heads, nodes each].
+#[derive(Debug)]
+pub(super) struct NodeMemory<E> {
+    /// [nodes, head_dim]
+    pub(super) mean_keys: DeviceBuffer<E>,
+    pub(super) mean_values: DeviceBuffer<E>,
+    /// `[nodes]`
+    pub(super) log_count: DeviceBuffer<f32>,
+    pub(super) spread: DeviceBuffer<f32>,
+}
+
+impl<E: DeviceElem> NodeMemory<E> {
+    fn new(device: &Device, nodes: usize, dim: usize) -> Result<Self, DeviceError> {
+        Ok(Self {
+            mean_keys: DeviceBuffer::zeros(device, nodes * dim)?,
+            mean_values: DeviceBuffer::zeros(device, nodes * dim)?,
+            log_count: DeviceBuffer::from_slice(device, &vec![f32::NEG_INFINITY; nodes])?,
+            spread: DeviceBuffer::zeros(device, nodes)?,
+        })
+    }
+
+    /// Queues what is written of node `at`, its count aside.
+    pub(super) fn write(&mut self, at: usize, summary: &Summary, stream: &Stream) -> Result<(), DeviceError> {
+        let narrow = |x: &[f32]| x.iter().map(|x| E::from_f32(*x)).collect::<Vec<E>>();
+        let dim = summary.key.len();
+        self.mean_keys.write_async(at * dim, &narrow(&summary.key), stream)?;
+        self.mean_values.write_async(at * dim, &narrow(&summary.value), stream)?;
+        self.spread.write_async(at, &[summary.spread], stream)
+    }
 }
 
 /// Summaries and sketches of the pages.
@@ -126,13 +160,14 @@ impl<E: DeviceElem> LayerMemory<E> {
                 )?,
             },
             slots: SlotMemory {
-                row_of_token: DeviceBuffer::zeros(device, pages * 16)?,
+                row_of_token: DeviceBuffer::zeros(device, plan.token_words(options, pages))?,
                 token_of_row: DeviceBuffer::zeros(device, rows)?,
                 used: DeviceBuffer::zeros(device, rows)?,
                 hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
                 counters: DeviceBuffer::zeros(device, 2)?,
             },
             doubt: DoubtMemory::new(device, options.max_sequences * heads)?,
+            nodes: NodeMemory::new(device, plan.nodes(options), dim)?,
         };
         let stream = Stream::new(device)?;
         memory.slots.row_of_token.fill_bytes(0xff, &stream)?;
@@ -155,7 +190,9 @@ impl<E: DeviceElem> LayerMemory<E> {
             &slots.used,
             &slots.hand,
         ];
-        let beside = means * size_of::<E>()
+        let nodes = self.nodes.mean_keys.view().len() + self.nodes.mean_values.view().len();
+        let beside = (means + nodes) * size_of::<E>()
+            + self.nodes.log_count.view().len() * 8
             + words.map(|words| words.view().len() * 4).iter().sum::<usize>()
             + (pages.log_count.view().len() + pages.spread.view().len()) * 4
             + self.chunks.view().len() * 8

@@ -86,6 +86,23 @@ fn the_device_selects_what_the_host_finds_in_the_same_tree() {
     }
 }
 
+#[test]
+fn pages_listed_by_the_host_answer_nearly_as_those_chosen_on_the_device() {
+    let trace = Trace::open(TRACE).unwrap();
+    for policy in ["floe:sketch=off", "floe:sketch=k2v1,max_doubt=inf", "floe:sketch=off,open=0.25"] {
+        let setup = Setup { policy, ..SETUP };
+        let (device, host) =
+            (on_device(&trace, &setup), on_device(&trace, &Setup { on_host: true, ..setup }));
+        println!(
+            "{policy}: error {:.4} chosen on the device, {:.4} listed by the host; hit rate {:.3}, {:.3}",
+            device.error, host.error, device.hit_rate, host.hit_rate
+        );
+        // An eighth or a quarter of the super-nodes is opened, for the query of the step before.
+        assert!(host.error < device.error * 1.6 + 0.01, "{policy}: {} against {}", host.error, device.error);
+        assert!(host.exact == 0 && host.retrieved.iter().all(|tokens| !tokens.is_empty()), "{policy}");
+    }
+}
+
 /// Bits of two runs.
 fn same_bits(a: &Run, b: &Run, name: &str) {
     assert_eq!(a.retrieved, b.retrieved, "{name}");

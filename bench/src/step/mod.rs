@@ -58,6 +58,9 @@ pub struct Args {
     /// Make the tail behind the fetch, joined by the attention, instead of on a stream of its own.
     #[arg(long)]
     joined_tail: bool,
+    /// Choose pages of trees on the host, with room on the device for those alone that it lists.
+    #[arg(long)]
+    host_lists: bool,
     /// How steps are submitted: auto, recorded, launches.
     #[arg(long, default_value = "auto", value_parser = submit)]
     submit: Submit,
@@ -152,6 +155,7 @@ fn measure(
         rows: args.rows,
         tail: if args.joined_tail { TailPlace::Joined } else { TailPlace::Beside },
         submit: args.submit,
+        host_lists: args.host_lists,
     };
     let torch = sdpa.iter().find(|s| s.batch == batch && s.context == context);
     let torch_ms = torch.map(|s| s.us * args.layers as f64 / 1e3);
@@ -276,7 +280,7 @@ fn print_trees(timed: &Timed) {
     let Some(tree) = timed.report.tree else { return };
     let (builds, batches) = (tree.builds.max(1) as f64, tree.batches.max(1) as f64);
     println!(
-        "    {} trees of the prompt built in {:.2} s by {} threads, {:.0} ms each; sixteen tokens: {:.0} us of a thread and {:.1} pages a kv head, {:.1} us a layer on the device; {} waits",
+        "    {} trees of the prompt built in {:.2} s by {} threads, {:.0} ms each; sixteen tokens: {:.0} us of a thread and {:.1} pages a kv head, {:.1} us a layer on the device; {} waits; {} searches of {:.0} us, {} stale lists of {} steps",
         tree.builds,
         timed.build_s,
         tree.threads,
@@ -285,6 +289,10 @@ fn print_trees(timed: &Timed) {
         tree.batch_pages as f64 / batches,
         timed.update_us,
         tree.waits,
+        tree.searches,
+        tree.search_us / tree.searches.max(1) as f64,
+        tree.stale_lists,
+        timed.report.steps,
     );
 }
 
