@@ -83,3 +83,58 @@ impl NodeMirror {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use floe_index::Batch;
+
+    use super::*;
+    use crate::gpu::mirror::Mirror;
+
+    const DIM: usize = 32;
+
+    fn insert(index: &mut Dci, ids: std::ops::Range<u32>) {
+        let ids: Vec<u32> = ids.collect();
+        let noise = |x: u32| (f64::from(x).mul_add(12.9898, 4.1).sin() * 43_758.547).fract() as f32;
+        let row = |id: &u32| {
+            (0..DIM as u32).map(|d| noise(id * 31 + d) + noise(id % 7 * 5 + d)).collect::<Vec<_>>()
+        };
+        let keys: Vec<f32> = ids.iter().flat_map(row).collect();
+        let batch = Batch { ids: &ids, keys: &keys, values: &keys };
+        if index.is_empty() { index.build(&batch).unwrap() } else { index.insert(&batch).unwrap() }
+    }
+
+    #[test]
+    fn listed_pages_and_the_other_super_nodes_hold_every_token_once() {
+        let mut index = Dci::new(DIM).unwrap();
+        let (mut pages, mut nodes) = (Mirror::new(0, 4096), NodeMirror::new(200));
+        let (mut held, mut standing) = (BTreeMap::new(), BTreeMap::new());
+        let mut end = 6000;
+        insert(&mut index, 0..end);
+        for turn in 0..20u32 {
+            let num = index.num_super_nodes();
+            let opened: Vec<bool> = (0..num).map(|node| (node as u32 * 7 + turn / 2 * 5) % 11 < 3).collect();
+            let (mut listed, mut updates) = (Vec::new(), Vec::new());
+            pages.follow(index.pages().unwrap(), Some(&opened), &mut listed).unwrap();
+            nodes.follow(&index, &opened, &mut updates).unwrap();
+            held.extend(listed.iter().map(|page| (page.page, page.live.count_ones())));
+            for update in updates {
+                assert!(
+                    update.summary.as_ref().is_none_or(|summary| summary.key.iter().all(|x| x.is_finite()))
+                );
+                standing.insert(update.node, update.log_count);
+            }
+            let of_pages: u32 = held.values().sum();
+            let of_nodes: f64 = standing.values().map(|log| f64::from(*log).exp()).sum();
+            assert_eq!(of_pages + of_nodes.round() as u32, end, "turn {turn}");
+            assert!(of_pages < end / 2, "turn {turn}: {of_pages} listed");
+            if turn % 2 == 1 {
+                insert(&mut index, end..end + 48);
+                end += 48;
+            }
+        }
+        assert_eq!(NodeMirror::new(3).follow(&index, &[], &mut Vec::new()), Err(Full));
+    }
+}
