@@ -23,6 +23,10 @@ use floe::profile::{LogError, ProfileError};
 use floe::replay::ReplayError;
 use floe::trace::TraceError;
 
+/// Why `--backend cuda` is refused.
+#[cfg(not(feature = "cuda"))]
+const NO_CUDA: &str = "needs a build with the feature cuda";
+
 /// Exit code for input or a request that cannot be served as it is; clap's own for a wrong command line.
 const EXIT_INPUT: u8 = 2;
 

@@ -165,7 +165,8 @@ fn on_device(args: &ProfileArgs) -> anyhow::Result<()> {
 
 #[cfg(not(feature = "cuda"))]
 fn on_device(args: &ProfileArgs) -> anyhow::Result<()> {
-    anyhow::bail!("backend {} needs a build with the feature cuda", args.backend)
+    let (value, reason) = (args.backend.to_string(), super::NO_CUDA.to_owned());
+    Err(floe::profile::ProfileError::Plan { field: "backend", value, reason }.into())
 }
 
 /// The command line, with a long list of traces cut short.

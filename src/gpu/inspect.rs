@@ -1,5 +1,8 @@
 //! What the engine on the device holds and did: for reports, replays and tests. Nothing here is part of a step.
 
+use std::ops::Range;
+
+use floe_cuda::KvElem;
 use floe_cuda::device::Stream;
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::CHUNK_ROWS;
@@ -35,6 +38,37 @@ impl<E: DeviceElem> GpuEngine<E> {
         let start = (head * CHUNK_ROWS + token % CHUNK_ROWS) * bytes;
         let bytes = self.host.bytes(chunk, start..start + bytes);
         Ok(bytes.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned).collect())
+    }
+
+    /// Stored keys and values of a layer `[tokens, num_kv_heads, head_dim]` as f32, read in host memory: the warm tier holds every row.
+    /// Waits for the device.
+    ///
+    /// # Errors
+    /// Unknown sequence or layer, positions that are not stored.
+    pub fn rows_host(&self, seq: SeqId, layer: LayerId, tokens: Range<usize>) -> Result<[Vec<f32>; 2]> {
+        let stored = self.num_tokens(seq, layer)?;
+        if tokens.end > stored {
+            return Err(Error::config(
+                "tokens",
+                format!("{tokens:?}"),
+                format!("the layer holds {stored} tokens"),
+            ));
+        }
+        self.device.synchronize()?;
+        let (shape, chunks) = (self.plan.shape, &self.places.get(seq)?.chunks[layer.0]);
+        let bytes = shape.row_len() * size_of::<E>();
+        let mut rows = [(); 2].map(|()| Vec::with_capacity(tokens.len() * shape.heads * shape.head_dim));
+        for token in tokens {
+            for head in 0..shape.heads {
+                let start = (head * CHUNK_ROWS + token % CHUNK_ROWS) * bytes;
+                let row = self.host.bytes(chunks[token / CHUNK_ROWS], start..start + bytes);
+                for (half, rows) in row.chunks_exact(bytes / 2).zip(&mut rows) {
+                    let elements = half.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned::<E>);
+                    rows.extend(elements.map(KvElem::to_f32));
+                }
+            }
+        }
+        Ok(rows)
     }
 
     /// What has happened so far. Waits for `stream`.

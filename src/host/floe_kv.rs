@@ -12,6 +12,8 @@ use crate::select::Policy;
 use crate::shape::KvDtype;
 use crate::step::StepReport;
 use crate::transfer::Fetched;
+#[cfg(feature = "cuda")]
+use crate::view::TensorView;
 
 /// What the decode steps of a backend read, against what full attention would have read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,6 +129,18 @@ impl FloeBackend {
     /// None in practice: the sequence lives as long as the backend.
     pub fn memory(&self) -> HostResult<SequenceMemory> {
         Ok(self.engine.memory(self.seq)?)
+    }
+
+    /// Stores keys and values `[tokens, num_kv_heads, head_dim]` in one layer without attending.
+    #[cfg(feature = "cuda")]
+    pub(super) fn append(
+        &mut self,
+        layer: LayerId,
+        (k, v): (&TensorView<'_>, &TensorView<'_>),
+    ) -> HostResult<()> {
+        self.engine.prefill(self.seq, layer, k, v)?;
+        self.num_tokens = self.engine.num_tokens(self.seq, layer)?;
+        Ok(())
     }
 
     /// One token of one layer.

@@ -4,9 +4,9 @@
 //! text -> Tokenizer -> Decoder: embed, blocks, head -> Sampler -> text
 //!                         |  ^
 //!             q, k, v     v  |  attention output
-//!                      KvBackend: FloeBackend | CandleKv | your own
+//!                      KvBackend: FloeBackend | GpuBackend | CandleKv | your own
 //! ```
-//! [`FloeBackend`] is the engine of this crate; [`CandleKv`] is candle's own full attention, for comparison. The core
+//! [`FloeBackend`] is the engine of this crate, `GpuBackend` (feature `cuda`) its engine on a device; [`CandleKv`] is candle's own full attention, for comparison. The core
 //! knows nothing of this module: another inference engine plugs in the same way, at its attention.
 //!
 //! candle's threads wait for their next product in a loop, on the cores that attention needs in between: start a program of your own with
@@ -25,6 +25,8 @@ pub mod eval;
 mod floe_kv;
 mod generate;
 mod gguf;
+#[cfg(feature = "cuda")]
+mod gpu_kv;
 mod linear;
 mod logits;
 mod model;
@@ -42,6 +44,8 @@ pub use error::{HostError, HostResult};
 pub use floe_kv::{FloeBackend, ReadCounters};
 pub use generate::{PREFILL_TOKENS, PhaseTime, Session};
 pub use gguf::Gguf;
+#[cfg(feature = "cuda")]
+pub use gpu_kv::GpuBackend;
 pub use logits::TOP;
 pub use model::Model;
 pub use record::{RecordPlan, Recorder};

@@ -46,6 +46,8 @@ pub(super) struct Indexed {
     heeds_attended: bool,
     /// Standard deviation in nats beyond which estimated logits are not trusted.
     max_doubt: f32,
+    /// Variance of an estimated logit for `scale |q|` of 1: what codes leave of the keys' residuals, averaged over the tokens.
+    code_variance: f32,
     /// First position the index may hold.
     sinks: TokenPos,
     /// Positions below this one have been published.
@@ -76,12 +78,31 @@ impl Indexed {
         let params = SearchParams::exact(0, Unit::Token, Tail::Off);
         let (index, read) = (Box::new(index), I::read as ReadIndex);
         let sinks = config.sinks as TokenPos;
-        Self { index, read, params, heeds_attended: false, max_doubt: f32::INFINITY, sinks, published: 0 }
+        let (max_doubt, code_variance) = (f32::INFINITY, 0.0);
+        Self { index, read, params, heeds_attended: false, max_doubt, code_variance, sinks, published: 0 }
     }
 
     /// Tells the ranking of the mass on sinks and window: for an index that ranks tokens by their own scores.
     pub(super) fn heeding_attended(self) -> Self {
         Self { heeds_attended: true, ..self }
+    }
+
+    /// Brings `code_variance` up to date with the index.
+    ///
+    /// Codes err alike in all directions, because residuals are rotated before they are coded: the error of a logit has the
+    /// variance `scale^2 |q|^2` times that of a coordinate, which is a fixed share of the residuals' own.
+    fn measure(&mut self) {
+        let codes = self.index.pages().filter(|_| self.params.tail != Tail::Off);
+        let measured = codes.and_then(|codes| {
+            let (bits, summaries) = (codes.key_sketches()?.bits, codes.summaries());
+            let (mut spread, mut tokens) = (0.0, 0.0);
+            for (&of_page, &count) in summaries.spread.iter().zip(summaries.count) {
+                spread += of_page * count as f32;
+                tokens += count as f32;
+            }
+            Some(if tokens > 0.0 { code_distortion(bits) * spread / tokens } else { 0.0 })
+        });
+        self.code_variance = measured.unwrap_or(0.0);
     }
 
     /// Positions that the index holds although the window attends them: they joined while still in the window.
@@ -110,6 +131,7 @@ impl Selector for Indexed {
             }
         }
         self.published = tokens.end;
+        self.measure();
         Ok(())
     }
 
@@ -118,6 +140,7 @@ impl Selector for Indexed {
             let gone: Vec<u32> = (num_tokens.max(self.sinks)..self.published).collect();
             self.index.remove(&gone)?;
             self.published = num_tokens;
+            self.measure();
         }
         Ok(self.published)
     }
@@ -154,20 +177,9 @@ impl Selector for Indexed {
         Ok(SelectCost { bytes_read: scratch.found.tail_bytes_read })
     }
 
-    /// Codes err alike in all directions, because residuals are rotated before they are coded: the error of a logit has the
-    /// variance `scale^2 |q|^2` times that of a coordinate, which is a fixed share of the residuals' own.
     fn doubts(&self, query: &GroupQuery<'_>) -> bool {
-        let Some(codes) = self.index.pages().filter(|_| self.params.tail != Tail::Off) else { return false };
-        let Some(bits) = codes.key_sketches().map(|keys| keys.bits) else { return false };
-        let summaries = codes.summaries();
-        let (mut spread, mut tokens) = (0.0, 0.0);
-        for (&of_page, &count) in summaries.spread.iter().zip(summaries.count) {
-            spread += of_page * count as f32;
-            tokens += count as f32;
-        }
         let per_head = query.q.iter().map(|x| x * x).sum::<f32>() / query.group as f32;
-        let variance = query.scale * query.scale * per_head * code_distortion(bits) * spread;
-        variance > self.max_doubt * self.max_doubt * tokens
+        query.scale * query.scale * per_head * self.code_variance > self.max_doubt * self.max_doubt
     }
 
     fn fork(&self) -> Result<Box<dyn Selector>> {
@@ -179,7 +191,9 @@ impl Selector for Indexed {
     }
 
     fn restored(&self, bytes: &[u8], published: TokenPos) -> Result<Box<dyn Selector>> {
-        Ok(Box::new(Self { index: (self.read)(bytes)?, published, ..*self }))
+        let mut restored = Self { index: (self.read)(bytes)?, published, ..*self };
+        restored.measure();
+        Ok(Box::new(restored))
     }
 
     fn size_bytes(&self) -> usize {

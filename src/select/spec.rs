@@ -123,6 +123,12 @@ pub enum SpecError {
 }
 
 impl Policy {
+    /// Attention over every token.
+    #[must_use]
+    pub fn full() -> Self {
+        Self { spec: "full".into(), kind: PolicyKind::Full, reuse: ReuseKind::Off }
+    }
+
     /// The text as given.
     #[must_use]
     pub fn spec(&self) -> &str {

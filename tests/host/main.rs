@@ -7,5 +7,7 @@
 )]
 
 mod families;
+#[cfg(feature = "gpu-tests")]
+mod gpu;
 mod real;
 mod tiny;

@@ -1,5 +1,8 @@
 //! `floe generate`: a GGUF model answers a prompt, its attention through floe.
 
+#[cfg(feature = "cuda")]
+mod device;
+
 use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -12,7 +15,7 @@ use floe::host::{
     Sampler, Session,
 };
 use floe::page::Unit;
-use floe::{Config, HotConfig, KvDtype, Policy};
+use floe::{Backend, Config, HotConfig, KvDtype, Policy};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[derive(Args)]
@@ -52,6 +55,9 @@ pub struct GenerateArgs {
     /// Whose attention runs: floe's, or candle's own over all tokens, for comparison.
     #[arg(long, value_enum, default_value_t = AttentionArg::Floe)]
     attention: AttentionArg,
+    /// Where keys and values lie and decode attends: cpu, or cuda (feature `cuda`); the model itself runs on the CPU.
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    backend: Backend,
 }
 
 /// How keys and values are kept and selected.
@@ -69,7 +75,8 @@ pub struct KvArgs {
     /// Element type of the stored keys and values.
     #[arg(long, value_enum, default_value_t = DtypeArg::F16)]
     kv_dtype: DtypeArg,
-    /// Slots of the hot tier per kv head, one token each; 0 = none. On the CPU it saves no time: it tells the hit rate.
+    /// Slots of the hot tier per kv head, one token each. On the CPU 0 is none, and others save no time but tell the hit rate; on a device 0
+    /// leaves room there for all tokens of the model's context.
     #[arg(long, value_name = "N", default_value_t = 0)]
     hot_slots: usize,
 }
@@ -100,14 +107,13 @@ impl From<DtypeArg> for KvDtype {
 }
 
 impl KvArgs {
-    /// An empty sequence of `model`.
-    pub fn open(&self, model: &Model, seed: u64) -> anyhow::Result<FloeBackend> {
+    fn config(&self, model: &Model, seed: u64) -> Config {
         let shape = model.config();
         let config = Config::new(shape.num_layers, shape.heads, self.kv_dtype.into());
         let (policy, budget, dense_layers) = (self.policy.clone(), self.budget, self.dense_layers);
         let (spans, model) = (shape.spans.clone(), model.name.clone());
         let hot = HotConfig { slots: self.hot_slots, unit: Unit::Row, ..HotConfig::default() };
-        Ok(FloeBackend::open(Config { model, policy, budget, dense_layers, spans, seed, hot, ..config })?)
+        Config { model, policy, budget, dense_layers, spans, seed, hot, ..config }
     }
 }
 
@@ -124,11 +130,26 @@ fn run_in_pool(args: GenerateArgs) -> anyhow::Result<()> {
         let reason = "only floe's attention saves and loads".to_owned();
         return Err(HostError::Argument { field, value, reason }.into());
     }
+    let on_device = args.backend == Backend::Cuda;
+    if on_device && (keeps.is_some() || args.attention != AttentionArg::Floe) {
+        let (field, value) = ("backend", args.backend.to_string());
+        let reason = "takes floe's attention, without --save-kv and --load-kv".to_owned();
+        return Err(HostError::Argument { field, value, reason }.into());
+    }
     let prompt = Prompt::read(&args)?;
     let model = Model::open(&args.model)?;
+    if on_device {
+        #[cfg(feature = "cuda")]
+        return device::run(&args, &model, (&prompt.tokens(&args, &model)?, &mut sampler));
+        #[cfg(not(feature = "cuda"))]
+        return {
+            let (value, reason) = (args.backend.to_string(), super::NO_CUDA.to_owned());
+            Err(HostError::Argument { field: "backend", value, reason }.into())
+        };
+    }
     let (times, read) = match args.attention {
         AttentionArg::Floe => {
-            let mut kv = args.kv.open(&model, args.seed)?;
+            let mut kv = FloeBackend::open(args.kv.config(&model, args.seed))?;
             let times = match keeps {
                 Some(path) => answer_kept(&args, (&model, &prompt), &mut sampler, (&mut kv, path))?,
                 None => answer(&args, &model, (&prompt.tokens(&args, &model)?, &mut sampler), &mut kv)?,
@@ -252,7 +273,7 @@ fn answer(
 }
 
 /// On stderr, so that stdout holds the answer alone.
-fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow::Result<()> {
+fn print_times(times: &Times) -> anyhow::Result<()> {
     let mut stderr = io::stderr().lock();
     for (name, time) in [("prefill", &times.prefill), ("decode", &times.decode)] {
         let share = 100.0 * time.attend.as_secs_f64() / time.total.as_secs_f64().max(f64::MIN_POSITIVE);
@@ -265,6 +286,12 @@ fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow:
             1e3 * time.attend.as_secs_f64() / time.tokens.max(1) as f64,
         )?;
     }
+    Ok(())
+}
+
+fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow::Result<()> {
+    print_times(times)?;
+    let mut stderr = io::stderr().lock();
     if let Some((read, kv_bytes, index_bytes)) = read {
         let per_step = |bytes: u64| bytes as f64 / read.steps.max(1) as f64 / 1e6;
         let both = read.kv_bytes + read.index_bytes;
