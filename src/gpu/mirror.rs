@@ -14,6 +14,9 @@ use floe_cuda::ops::cache::TreePage;
 use floe_index::KeyId;
 use floe_index::export::{Changes, Epoch, PageView};
 
+/// Of a page that is not on the device.
+const NONE: u32 = u32::MAX;
+
 /// The pages that the device has do not suffice: the tree has to be built anew, densely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Full;
@@ -23,8 +26,8 @@ pub(super) struct Full;
 pub(super) struct Mirror {
     head: u32,
     room: u32,
-    /// Device page of a page of the tree.
-    of_page: BTreeMap<u32, u32>,
+    /// Device page of each page of the tree, or [`NONE`].
+    of_page: Vec<u32>,
     /// Device page of a token without a page.
     of_young: BTreeMap<KeyId, u32>,
     /// Pages below `used` that stand for nothing.
@@ -40,7 +43,7 @@ impl Mirror {
         Self {
             head: head as u32,
             room: room as u32,
-            of_page: BTreeMap::new(),
+            of_page: Vec::new(),
             of_young: BTreeMap::new(),
             free: BTreeSet::new(),
             used: 0,
@@ -70,6 +73,7 @@ impl Mirror {
         to: &mut Vec<TreePage>,
     ) -> Result<(), Full> {
         let mut dirty: BTreeMap<u32, TreePage> = BTreeMap::new();
+        self.of_page.resize(self.of_page.len().max(tree.num_pages()), NONE);
         let changed: BTreeSet<u32> = match self.seen.map(|epoch| tree.changes(epoch)) {
             Some(Changes::Pages(pages)) => pages.iter().copied().collect(),
             _ => {
@@ -94,24 +98,27 @@ impl Mirror {
             Some(_) => {
                 // Pages that came into sight or went out of it.
                 let all = 0..tree.num_pages() as u32;
-                let other = |page: &u32| (live(*page) != 0) != self.of_page.contains_key(page);
+                let other = |page: &u32| (live(*page) != 0) != (self.of_page[*page as usize] != NONE);
                 all.filter(|page| changed.contains(page) || other(page)).collect()
             }
         };
         let young: BTreeSet<KeyId> = tree.young().iter().copied().collect();
         let left = self.of_young.extract_if(.., |id, _| !young.contains(id)).map(|(_, page)| page);
         let mut freed: Vec<u32> = left.collect();
-        freed.extend(changed.iter().filter(|&&p| live(p) == 0).filter_map(|p| self.of_page.remove(p)));
+        for &page in changed.iter().filter(|&&page| live(page) == 0) {
+            let at = std::mem::replace(&mut self.of_page[page as usize], NONE);
+            freed.extend((at != NONE).then_some(at));
+        }
         for page in freed {
             self.free.insert(page);
             dirty.insert(page, self.page(page, 0, &[]));
         }
         for &page in changed.iter().filter(|&&page| live(page) != 0) {
-            let at = match self.of_page.get(&page) {
-                Some(&at) => at,
-                None => self.take()?,
+            let at = match self.of_page[page as usize] {
+                NONE => self.take()?,
+                at => at,
             };
-            self.of_page.insert(page, at);
+            self.of_page[page as usize] = at;
             let ids = &tree.ids()[page as usize * 16..][..16];
             dirty.insert(at, self.page(at, live(page), ids));
         }

@@ -35,8 +35,8 @@ pub enum TailPlace {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Placement {
     /// On the device where the summaries of all pages fit, else on the host ([`super::GpuReport::rule`] says which it is). At batch 1
-    /// the device's way was 2.6 times faster at 128K tokens and 8.5 times at 1M where both fit; batches and fewer cores cost the host
-    /// more alike (bench/README.md, engine on the device).
+    /// the device's way was 2.6 times faster at 128K tokens and 6 times at 1M where both fit; batches and fewer cores cost the host
+    /// more (bench/README.md, engine on the device).
     #[default]
     Auto,
     /// On the device, which looks at the summaries of all pages.

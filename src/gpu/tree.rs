@@ -88,8 +88,6 @@ struct Lists {
     opened: Vec<bool>,
     /// Super-nodes opened at most.
     most: usize,
-    /// Of all super-nodes.
-    part: f32,
     nodes: NodeMirror,
     scratch: Scratch,
     found: Found,
@@ -107,7 +105,7 @@ impl Lists {
     /// Those that the search for a query opens.
     fn search(&mut self, index: &Dci, query: &Query<'_>) -> Result<()> {
         let num = index.num_super_nodes().max(1);
-        let part = self.part.min(self.most as f32 / num as f32).max(1e-6);
+        let part = (self.most as f32 / num as f32).min(1.0);
         let exact = SearchParams::exact(1, Unit::Page, Tail::Tree);
         let params = SearchParams { open_fraction: part, ..exact };
         index.search(query, &[], &params, &mut self.scratch, &mut self.found)?;
@@ -180,8 +178,7 @@ pub(super) struct TreeShape {
 /// How many pages the host lists.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ListShape {
-    /// Part of the super-nodes that a search opens, and how many at most.
-    pub(super) part: f32,
+    /// Super-nodes that a search opens.
     pub(super) most: usize,
     /// Super-nodes on the device.
     pub(super) nodes: usize,
@@ -201,7 +198,6 @@ impl TreeShard {
         let lists = shape.lists.map(|lists| Lists {
             opened: Vec::new(),
             most: lists.most,
-            part: lists.part,
             nodes: NodeMirror::new(lists.nodes),
             scratch: Scratch::default(),
             found: Found::default(),

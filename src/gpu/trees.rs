@@ -88,7 +88,7 @@ impl LayerTrees {
     fn new(plan: &Plan, (capacity, max_tokens): (usize, usize)) -> Result<Self> {
         let shape = plan.shape;
         let nodes = plan.nodes_each(max_tokens);
-        let lists = plan.listed.map(|part| ListShape { part, most: plan.listed_most(capacity), nodes });
+        let lists = plan.listed.map(|_| ListShape { most: plan.listed_most(capacity), nodes });
         let shard = |head| {
             let room = plan.pages_each(capacity);
             TreeShard::new(TreeShape { head, dim: shape.head_dim, sinks: shape.sinks, room, lists })
