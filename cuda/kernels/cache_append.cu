@@ -7,6 +7,7 @@
 //
 // One block per (kv head, sequence).
 #include "cache.cuh"
+#include "sum.cuh"
 
 namespace floe {
 
@@ -19,6 +20,7 @@ struct AppendStepParams {
     void *q_out;            // [items, group, D] E
     uint32_t *page_first, *page_end, *row_first, *row_end; // [items]
     uint32_t *num_fetch;    // [1] becomes 0
+    uint32_t *num_ahead;    // [1] becomes 0, or null
     const uint32_t *tree_pages; // [sequences, heads] pages of each head's tree, or null: pages are runs of 16 tokens
     uint32_t *fault;        // becomes 1 when a sequence has no room for its token, which is not stored
     const float *spread;    // [pages] mean square of a page's key residuals, of 16 tokens in any case, or null = no item is in doubt
@@ -33,8 +35,7 @@ struct AppendStepParams {
 // Sum of a value over the block's 128 threads, always in the same order.
 __device__ __forceinline__ float block_sum(float x) {
     __shared__ float sums[4];
-#pragma unroll
-    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    x = warp_sum(x);
     __syncthreads();
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
     __syncthreads();
@@ -67,7 +68,10 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     const uint32_t head = blockIdx.x, entry = blockIdx.y, item = entry * c.heads + head;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const BatchEntry e = c.batch[entry];
-    if (head == 0 && entry == 0 && threadIdx.x == 0) *p.num_fetch = 0;
+    if (head == 0 && entry == 0 && threadIdx.x == 0) {
+        *p.num_fetch = 0;
+        if (p.num_ahead) *p.num_ahead = 0;
+    }
     if (e.tokens == 0) {
         if (threadIdx.x == 0) {
             p.page_first[item] = p.page_end[item] = 0;

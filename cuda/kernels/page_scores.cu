@@ -10,7 +10,24 @@ namespace floe {
 
 constexpr int SCORE_WARPS = 8;
 
-template <typename E, int D> __device__ __forceinline__ void page_scores(const ScoreParams &p) {
+// Mirrored by `ops::sweep::scores::PageParams`.
+struct PageParams {
+    const void *q;             // [items, group, D] E
+    const void *keys;          // mean keys [pages, D] E
+    const float *log_count;    // [pages] ln of the tokens of the page, -inf = no page
+    const uint32_t *first;     // [items] first page, a multiple of 16
+    const uint32_t *end;       // [items] one past the last page
+    float *scores;             // [item tiles, group, 16]
+    float *part_lse;           // [items, blocks.x, group]
+    uint32_t *arrived;         // [items] zero before and after
+    float *lse;                // [items, group]
+    float scale;
+    uint32_t group, num_pages;
+    const float *spreads;      // [pages] added to scores, times spread |q|^2 scale^2; null = nothing is
+    float spread;
+};
+
+template <typename E, int D> __device__ __forceinline__ void page_scores(const PageParams &p) {
     static_assert(D % 32 == 0);
     constexpr int PARTS = D / 32; // 16-byte parts of a row that a lane reads
     __shared__ float warp_max[SCORE_WARPS][16], warp_sum[SCORE_WARPS][16];
@@ -47,7 +64,7 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const S
     float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     const uint32_t tiles = end > first ? (end - first + 15) / 16 : 0;
     const uint4 *keys = static_cast<const uint4 *>(p.keys);
-    float *scores = static_cast<float *>(p.scores);
+    float *scores = p.scores;
     for (uint32_t tile = blockIdx.x * SCORE_WARPS + warp; tile < tiles; tile += gridDim.x * SCORE_WARPS) {
         const uint32_t page = first + tile * 16;
         uint4 b[2][PARTS];
@@ -126,7 +143,7 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const S
 
 #define PAGE_SCORES(TYPE, SUFFIX, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(floe::SCORE_WARPS * 32)                                                      \
-        page_scores_##SUFFIX##_d##D(const __grid_constant__ floe::ScoreParams p) {                                            \
+        page_scores_##SUFFIX##_d##D(const __grid_constant__ floe::PageParams p) {                                            \
         floe::wait_for_earlier();                                                                                             \
         floe::let_next_start();                                                                                               \
         floe::page_scores<TYPE, D>(p);                                                                                        \

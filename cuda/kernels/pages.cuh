@@ -4,6 +4,7 @@
 // One block of 512 threads per page, one warp per token.
 #pragma once
 #include "cache.cuh"
+#include "sum.cuh"
 
 namespace floe {
 
@@ -27,12 +28,6 @@ template <int D> struct PageShared {
     float mean[2][D], spread[16];
     uint32_t by_token[2][D / 32][16];
 };
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    return x;
-}
 
 // Code of a coordinate in steps: the sign, or a half step of four.
 __device__ __forceinline__ int code_of(float x, float inverse_step, uint32_t bits) {

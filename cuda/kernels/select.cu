@@ -7,6 +7,7 @@
 // never depends on timing. Before Hopper there are no clusters, and one block does an item.
 #include <cooperative_groups.h>
 
+#include "sum.cuh"
 #include "summary.cuh"
 
 namespace floe {
@@ -33,31 +34,6 @@ struct SelectParams {
     uint32_t group, budget, num_pages, list_len;
     uint32_t share;        // pages of a block at most; no more are looked at
 };
-
-// Exclusive sum over the block's threads; `total` for everyone.
-__device__ __forceinline__ uint32_t scan(uint32_t x, uint32_t &total) {
-    __shared__ uint32_t sums[32];
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t y = x;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t z = __shfl_up_sync(~0u, y, d);
-        if (lane >= d) y += z;
-    }
-    __syncthreads();
-    if (lane == 31) sums[warp] = y;
-    __syncthreads();
-    // Every warp sums the warps itself: cheaper than another barrier.
-    uint32_t w = lane < SELECT_WARPS ? sums[lane] : 0;
-    const uint32_t own = w;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t z = __shfl_up_sync(~0u, w, d);
-        if (lane >= d) w += z;
-    }
-    total = __shfl_sync(~0u, w, 31);
-    return __shfl_sync(~0u, w - own, warp) + y - x;
-}
 
 // Key 0 is never selected; everything else has at least 1.
 __device__ __forceinline__ uint32_t key_of(float best) {
@@ -123,19 +99,10 @@ __device__ __forceinline__ Cut cut(Histogram &h, uint32_t budget, uint32_t rank,
         uint32_t all[EACH], before[EACH];
 #pragma unroll
         for (uint32_t i = 0; i < EACH; i++) all[i] = all_bins[top - i], before[i] = before_bins[top - i];
-        auto exclusive = [&](uint32_t x) {
-            uint32_t y = x;
-#pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-                const uint32_t z = __shfl_up_sync(~0u, y, d);
-                if (lane >= d) y += z;
-            }
-            return y - x;
-        };
         uint32_t mine = 0, mine_before = 0;
 #pragma unroll
         for (uint32_t i = 0; i < EACH; i++) mine += all[i], mine_before += before[i];
-        uint32_t above = exclusive(mine), above_before = exclusive(mine_before);
+        uint32_t above = (inclusive_sum(mine) - mine), above_before = (inclusive_sum(mine_before) - mine_before);
         const uint32_t total = __shfl_sync(~0u, above + mine, 31), total_before = __shfl_sync(~0u, above_before + mine_before, 31);
         // The coarse bin that does not fit whole, if one does not.
         uint32_t bin = 0, start = 0, start_before = 0;
@@ -160,7 +127,7 @@ __device__ __forceinline__ Cut cut(Histogram &h, uint32_t budget, uint32_t rank,
 #pragma unroll
                 for (uint32_t b = 0; b < CLUSTER_MAX; b++) x += y[b], x_before += b < rank ? y[b] : 0;
             }
-            const uint32_t a = start + exclusive(x), a_before = start_before + exclusive(x_before);
+            const uint32_t a = start + (inclusive_sum(x) - x), a_before = start_before + (inclusive_sum(x_before) - x_before);
             if (lane < FINE && a <= budget && a + x > budget) result = {at + 1, a, a_before, x_before, total};
         }
     }
@@ -277,7 +244,7 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
             // Both sums at once: a block has fewer than 2^16 units or tokens in a turn.
             const uint32_t weight = p.masks && (above || level) ? __popc(uint32_t(p.masks[begin + at])) : 1;
             uint32_t total;
-            const uint32_t places = scan(above ? weight : level ? weight << 16 : 0, total);
+            const uint32_t places = exclusive_sum<SELECT_THREADS>(above ? weight : level ? weight << 16 : 0, total);
             const uint32_t place = above ? above_at + (places & 0xffff) : at_at + (places >> 16);
             if (above || level) {
                 if (p.masks) take_page(place, begin + at, weight);
@@ -293,7 +260,7 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
             const uint32_t at = turn + threadIdx.x;
             const bool open = at < pages && keys[at] >= least;
             uint32_t total;
-            const uint32_t place = scan(open, total);
+            const uint32_t place = exclusive_sum<SELECT_THREADS>(open, total);
             if (open) chosen[num + place] = uint16_t(at);
             num += total;
         }
@@ -322,7 +289,7 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
             const uint32_t at = turn + threadIdx.x, key = turn ? key_at(at) : own;
             const bool above = key >= found.low, level = key && key + 1 == found.low;
             uint32_t total;
-            const uint32_t places = scan(uint32_t(above) | uint32_t(level) << 16, total);
+            const uint32_t places = exclusive_sum<SELECT_THREADS>(uint32_t(above) | uint32_t(level) << 16, total);
             const uint32_t unit = at < num * 16 ? (begin + chosen[at / 16]) * 16 + at % 16 : 0;
             if (above) take(above_at + (places & 0xffff), unit);
             if (level) take(at_at + (places >> 16), unit);

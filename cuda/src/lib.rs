@@ -22,12 +22,10 @@
 //! | device kernel | does |
 //! |---|---|
 //! | `dense_decode`, `sparse_decode` | attention of many groups over contiguous rows, pages (with row masks), or single rows |
+//! | `whole_decode` | over all rows of some groups, on the device or in place in host memory |
 //! | `fetch_attend` | the same over pages of which some still lie in host memory, stored into their slots on the way |
 //! | `fetch_pages`, `fetch_rows` | gather from host-mapped memory |
-//! | `page_scores`, `sketch_scores` | scores of all pages from their mean keys, of all tokens from 1, 2 or 4 bits a coordinate |
-//! | `select_topk` | the best of them under a budget, and -inf as their score |
-//! | `page_tail` | the state of what was not selected, by mean values |
-//! | `ops::sweep` | the same in fewer passes: scores of pages and tokens at once, selection by a cluster, a tail with value codes on the tensor cores, and attention that runs beside it and joins its state |
+//! | `ops::sweep` | scores of all pages from their mean keys, or at once of pages and of tokens from 1, 2 or 4 bits a coordinate; the best of them under a budget, by a cluster of blocks; the state of what was not selected, by mean values and value codes, on the tensor cores; attention that runs beside it and joins its state |
 //! | `merge_states`, `append_kv`, `match_scan` | join partial states, write new rows, nearest earlier query |
 //!
 //! Words: a *row* is one token's key followed by its value; a *group* is the query heads that share a kv head; a

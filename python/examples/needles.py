@@ -23,14 +23,14 @@ parser.add_argument("--policies", nargs="+", default=["floe:256", "floe:1024", "
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 parser.add_argument("--chunk", type=int, default=2048, help="tokens of one forward pass of the prompt")
-parser.add_argument("--sparse-tokens", type=int, default=1, help="64: the questions, too, as the policy says")
+parser.add_argument("--tokenizer", type=Path, help="folder of its tokenizer, which is slow to make from a GGUF file")
 parser.add_argument("--json", type=Path, help="where to write the results")
 args = parser.parse_args()
 
 # %% The model. One line makes its attention floe's; with other caches it computes what it always did.
 name = {"gguf_file": args.model.name} if args.model.is_file() else {}
 folder = args.model.parent if args.model.is_file() else args.model
-tokenizer = AutoTokenizer.from_pretrained(folder, **name)
+tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or folder, **({} if args.tokenizer else name))
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), **name).to(args.device).eval()
 enable(model)
 
@@ -49,6 +49,7 @@ NEEDLES = [
     ("The password of the night watch is", "crimson falcon"),
 ]
 NOTE = "\n\nRemember this: {0} {1}. Once more: {0} {1}.\n\n"
+ANSWER_TOKENS = 9
 QUESTION = "\n\nQuestion: complete the sentence to be remembered.\nAnswer: {0}"
 
 
@@ -71,43 +72,49 @@ story = torch.tensor([novel[len(NEEDLES) * piece + piece :][:64]], device=args.d
 # %% Reading and asking.
 @torch.inference_mode()
 def read(cache, ids, chunk):
-    """The logits after the last token."""
+    """The logits after the last token, which are there when this returns."""
     for piece in ids.split(chunk, dim=1):
         logits = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits[0, -1, 0].item()
     return logits
 
 
 @torch.inference_mode()
-def answer(cache, logits, num_tokens=9):
-    """The next tokens, greedily, and the seconds of each."""
-    tokens, times = [], []
+def answer(cache, logits, num_tokens):
+    """The next tokens, greedily."""
+    tokens = []
     for _ in range(num_tokens):
         tokens.append(int(logits[0, -1].argmax()))
-        start = time.perf_counter()
         token = torch.tensor([[tokens[-1]]], device=args.device)
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        logits[0, -1, 0].item()
-        times.append(time.perf_counter() - start)
-    return tokenizer.decode(tokens), times
-
-
-def row_of(label, answers, times, **more):
-    right = sum(key in text for (_, key), text in zip(NEEDLES, answers))
-    row = {"cache": label, "right": right, "of": len(NEEDLES), "token_ms": 1000 * sorted(times)[len(times) // 2]}
-    row |= more | {"answers": answers}
-    print(json.dumps(row), flush=True)
-    return row
+    return tokenizer.decode(tokens)
 
 
 def ask_in_turn(cache):
     """One cache answers every question: what a question added is cropped off again."""
-    answers, times = [], []
+    answers = []
     for question in questions:
-        text, took = answer(cache, read(cache, question, args.chunk))
-        answers.append(text)
-        times += took
-        cache.crop(-(question.shape[1] + len(took)))
-    return answers, times
+        answers.append(answer(cache, read(cache, question, args.chunk), ANSWER_TOKENS))
+        cache.crop(-(question.shape[1] + ANSWER_TOKENS))
+    return answers
+
+
+def ask_both_ways(cache):
+    """With the question attended exactly, as a prompt is, and as the policy says, as what a model generates is."""
+    answers = {}
+    for way, cache.sparse_tokens in {"exact question": 1, "sparse question": 64}.items():
+        answers[way] = ask_in_turn(cache)
+    return answers
+
+
+def row_of(label, answers, times, **more):
+    row = {"cache": label}
+    for way, texts in answers.items():
+        row[f"{way}: right"] = sum(key in text for (_, key), text in zip(NEEDLES, texts))
+        row[f"{way}: same"] = sum(text.strip() == full.strip() for text, full in zip(texts, full_answers))
+    row |= {"of": len(NEEDLES), "token_ms": 1000 * sorted(times)[len(times) // 2]} | more | {"answers": answers}
+    print(json.dumps(row), flush=True)
+    return row
 
 
 @torch.inference_mode()
@@ -127,20 +134,30 @@ def counts(cache):
     return {name: value for name, value in metrics.items() if isinstance(value, int)}
 
 
+def device_bytes():
+    """Memory of the device in use, by whomever."""
+    if args.device == "cpu":
+        return 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def floe(spec):
     """An empty cache of POLICY:BUDGET."""
     policy, _, budget = spec.rpartition(":")
     room = {} if args.device == "cpu" else {"max_tokens": (len(prompt) + 128 + 255) // 256 * 256}
-    return FloeCache(model.config, policy, int(budget), sparse_tokens=args.sparse_tokens, **room)
+    return FloeCache(model.config, policy, int(budget), **room)
 
 
 # %% The full cache of transformers.
-start = time.perf_counter()
+read(DynamicCache(config=model.config), prompt_ids[:, : args.chunk], args.chunk)  # to warm up
+start, held = time.perf_counter(), device_bytes()
 full = DynamicCache(config=model.config)
 read(full, prompt_ids, args.chunk)
-print(f"{len(prompt)} tokens read in {time.perf_counter() - start:.1f} s", flush=True)
-answers, _ = ask_in_turn(full)
-rows = [row_of("DynamicCache", answers, go_on(full)[0])]
+more = {"read_s": time.perf_counter() - start, "device_bytes": device_bytes() - held}
+full_answers = ask_in_turn(full)
+rows = [row_of("DynamicCache", {"exact question": full_answers}, go_on(full)[0], **more)]
 
 # %% floe. On the CPU one cache reads once and answers under each policy in turn.
 if args.device == "cpu":
@@ -149,7 +166,7 @@ if args.device == "cpu":
     for spec in ["full:256", *args.policies]:
         policy, _, budget = spec.rpartition(":")
         cache.set_policy(policy, int(budget))
-        answers, _ = ask_in_turn(cache)
+        answers = ask_both_ways(cache)
         times, seen = go_on(cache)
         share = (seen["kv_bytes_read"] + seen["index_bytes_read"]) / seen["full_kv_bytes"]
         rows.append(row_of(spec, answers, times, read_share=share))
@@ -157,11 +174,12 @@ if args.device == "cpu":
 # %% On a CUDA device memory is laid out for one policy, so each reads for itself; times in two rounds, in turns with the full cache.
 else:
     for spec in args.policies:
+        start, held = time.perf_counter(), device_bytes()
         cache = floe(spec)
-        start = time.perf_counter()
         read(cache, prompt_ids, args.chunk)
         more = {"read_s": time.perf_counter() - start}
-        answers, _ = ask_in_turn(cache)
+        answers = ask_both_ways(cache)
+        more["device_bytes"] = device_bytes() - held
         for number in (1, 2):
             more[f"full_ms_{number}"] = 1000 * sorted(go_on(full)[0])[story.shape[1] // 2]
             times, seen = go_on(cache)
@@ -169,13 +187,11 @@ else:
         more["hit_rate"] = seen["hot_hits"] / max(1, seen["hot_requests"])
         more["bytes_a_token"] = seen["bytes_moved"] / len(times)
         more["full_kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
-        rows.append(row_of(spec, answers, times, **more, **cache.memory(), counts=counts(cache)))
-        del cache
+        more["in_doubt"] = seen["head_steps_in_doubt"] / max(1, seen["head_steps"])
+        rows.append(row_of(spec, answers, times, **more, **cache.memory()))
+        cache.reset()
 
 # %% Results.
-same = [[a.strip() == b.strip() for a, b in zip(row["answers"], rows[0]["answers"])] for row in rows[1:]]
-for row, equal in zip(rows[1:], same):
-    print(f"{row['cache']}: {row['right']} of {row['of']} right, {sum(equal)} answers as DynamicCache's", flush=True)
 if args.json:
     document = {"model": args.model.name, "tokens": len(prompt), "dtype": args.dtype, "rows": rows}
     args.json.write_text(json.dumps(document, indent=1))

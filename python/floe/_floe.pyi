@@ -230,7 +230,8 @@ class CudaEngine:
     def num_tokens(self, sequence: int, layer: int) -> int:
         """Tokens stored in a layer."""
     def metrics(self, stream: int) -> dict[str, Any]:
-        """Steps, hits, bytes moved, and in words the rule by which a step is exact; waits for the stream."""
+        """Steps, hits, bytes moved, sparse steps of single kv heads and how many of those attended everything because estimates
+        would have been too coarse, and in words the rule by which a step is exact; waits for the stream."""
     def memory(self) -> dict[str, int]:
         """`device_rows_bytes`, `device_summary_bytes`, `host_bytes`."""
 

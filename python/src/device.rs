@@ -285,6 +285,8 @@ impl PyCudaEngine {
             "steps": report.steps,
             "exact_steps": report.exact_steps,
             "replayed_steps": report.replayed_steps,
+            "head_steps": report.head_steps,
+            "head_steps_in_doubt": report.head_steps_in_doubt,
             "hot_requests": requests,
             "hot_hits": report.rows_hit,
             "hit_rate": (requests > 0).then(|| report.hit_rate()),

@@ -24,8 +24,8 @@ pub struct ProfileArgs {
     #[arg(value_name = "TRACE", conflicts_with = "from_log")]
     traces: Vec<PathBuf>,
     /// Where attention runs: cpu simulates a link; cuda (feature `cuda`) measures times and bytes of a device, for `--select`,
-    /// `--budget`, `--slots` (multiples of the budget) and `--steps`.
-    #[arg(long, value_name = "NAME", default_value = "cpu", conflicts_with_all = ["from_log", "access_log", "json", "html"])]
+    /// `--budget`, `--slots` (multiples of the budget), `--steps` and `--prefetch-tokens`, and when the stages of a step ran.
+    #[arg(long, value_name = "NAME", default_value = "cpu", conflicts_with_all = ["from_log", "access_log", "json"])]
     backend: Backend,
     /// Selection policy, as in `floe replay`.
     #[arg(long, value_name = "SPEC", default_value = "floe")]
@@ -47,6 +47,9 @@ pub struct ProfileArgs {
         default_value = "none,last,next_layer,predicted"
     )]
     prefetch: Vec<PrefetchKind>,
+    /// With cuda: tokens of a kv head that are brought in behind a step for the next one.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    prefetch_tokens: usize,
     /// Slots of each shard, as multiples of the units that a step retrieves.
     #[arg(long, value_name = "X,X", value_delimiter = ',', default_value = "1,1.5,2,4,8")]
     slots: Vec<f64>,
@@ -143,23 +146,33 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<()> {
 
 #[cfg(feature = "cuda")]
 fn on_device(args: &ProfileArgs) -> anyhow::Result<()> {
-    use floe::gpu::{DeviceProfilePlan, device_profile, device_profile_table};
+    use floe::gpu::{
+        DeviceProfilePlan, device_profile, device_profile_html, device_profile_table, overlap_table,
+        step_overlap,
+    };
     let plan = DeviceProfilePlan {
         policy: args.select.clone(),
         budget: args.budget,
         slots: args.slots.clone(),
         max_steps: args.steps,
+        prefetch: args.prefetch_tokens,
     };
-    let rows = device_profile(&open_traces(&args.traces)?, &plan)?;
+    let traces = open_traces(&args.traces)?;
+    let rows = device_profile(&traces, &plan)?;
+    let stages = traces.first().map_or(Ok(Vec::new()), |trace| step_overlap(trace, &plan))?;
     let device = rows.first().map_or("", |row| &row.device);
     let mut stdout = io::stdout().lock();
     writeln!(
         stdout,
-        "{}, {} tokens, on {device}\n{}",
+        "{}, {} tokens, on {device}\n{}\nstages of a step in two layers, one behind the other, events around each kernel\n{}",
         plan.policy,
         plan.budget,
-        device_profile_table(&rows)?.to_text()
+        device_profile_table(&rows)?.to_text(),
+        overlap_table(&stages)?.to_text()
     )?;
+    if let Some(path) = &args.html {
+        write_file(path, &device_profile_html(&rows, &stages, &format!("floe {}", command(&args.traces)))?)?;
+    }
     Ok(())
 }
 

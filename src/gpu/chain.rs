@@ -14,8 +14,8 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    AppendStep, DeviceTensor, DoubtCheck, FetchList, FinishStart, FoundUnit, PageSource, Ranges, Resolve,
-    Tables, append_step, build_pages, fetch_listed, finish, resolve,
+    AppendStep, DeviceTensor, DoubtCheck, FetchList, FetchPace, FinishStart, FoundUnit, PageSource, Ranges,
+    Resolve, Tables, append_step, build_pages, fetch_listed, finish, resolve,
 };
 use floe_cuda::ops::sweep::{
     Beside, KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
@@ -27,8 +27,11 @@ use floe_cuda::ops::{
 };
 use half::f16;
 
-use super::layer::{DoubtMemory, LayerMemory, NodeMemory, PageMemory, SlotMemory};
+use super::ahead::AheadList;
+use super::clock::{Clock, Stage};
+use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
+use super::standing::{NodeMemory, Standing};
 
 /// Shape of a chain: every number a power of two, so that few chains serve all steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,6 +44,8 @@ pub(super) struct ChainShape {
     pub(super) exact_tokens: usize,
     /// Most published pages of an entry, where none is.
     pub(super) pages: usize,
+    /// The layer's parity where steps prefetch, else 0: what a step leaves behind is read while the next layer's runs.
+    pub(super) parity: usize,
 }
 
 /// A host engine's tensors of a step.
@@ -57,29 +62,47 @@ pub(super) struct StepIo {
 /// Memory that does not depend on the shape of a step.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// [pages / 16, group, 16]
-    page_scores: DeviceBuffer<f32>,
-    /// What tokens add to them, [pages, group, 16], with a sketch.
-    residuals: DeviceBuffer<f16>,
+    /// By the chain's parity.
+    scores: Vec<Scores>,
     signs: Option<DeviceBuffer<f32>>,
     /// For pages, for tails.
     sides: [Stream; 2],
     forks: [Event; 2],
     joins: [Event; 2],
+    pub(super) clock: Clock,
+}
+
+/// A stream that steps are recorded on, or a side of it: where something is prefetched, a step goes first.
+pub(super) fn recording_stream(device: &Device, plan: &Plan) -> Result<Stream, DeviceError> {
+    if plan.prefetch > 0 { Stream::urgent(device) } else { Stream::new(device) }
+}
+
+/// Scores of a step.
+#[derive(Debug)]
+struct Scores {
+    /// [pages / 16, group, 16]
+    pages: DeviceBuffer<f32>,
+    /// What tokens add to them, [pages, group, 16], with a sketch.
+    residuals: DeviceBuffer<f16>,
 }
 
 impl Shared {
     pub(super) fn new(device: &Device, plan: &Plan, options: &GpuOptions) -> Result<Self, crate::Error> {
         let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
         let group = plan.shape.group;
+        let residuals = if plan.by_token() { pages * group * 16 } else { 0 };
+        let scores = || -> Result<_, DeviceError> {
+            let residuals = DeviceBuffer::zeros(device, residuals)?;
+            Ok(Scores { pages: DeviceBuffer::zeros(device, pages * group)?, residuals })
+        };
         let signs = if plan.by_token() { Some(rotation_signs(plan.shape.head_dim)?) } else { None };
         Ok(Self {
-            page_scores: DeviceBuffer::zeros(device, pages * group)?,
-            residuals: DeviceBuffer::zeros(device, if plan.by_token() { pages * group * 16 } else { 0 })?,
+            scores: (0..if plan.prefetch > 0 { 2 } else { 1 }).map(|_| scores()).collect::<Result<_, _>>()?,
             signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
-            sides: [Stream::new(device)?, Stream::new(device)?],
+            sides: [recording_stream(device, plan)?, recording_stream(device, plan)?],
             forks: [Event::new(device)?, Event::new(device)?],
             joins: [Event::new(device)?, Event::new(device)?],
+            clock: Clock::new(device),
         })
     }
 
@@ -88,7 +111,21 @@ impl Shared {
     }
 
     pub(super) fn size_bytes(&self) -> usize {
-        self.page_scores.view().len() * 4 + self.residuals.view().len() * 2
+        let bytes = |scores: &Scores| scores.pages.view().len() * 4 + scores.residuals.view().len() * 2;
+        self.scores.iter().map(bytes).sum()
+    }
+}
+
+impl Scores {
+    /// What is selected from.
+    fn units<'a, E: DeviceElem>(&'a mut self, plan: &Plan, pages: &'a PageMemory<E>) -> UnitsMut<'a> {
+        if plan.by_token() {
+            UnitsMut::Tokens { scores: self.pages.view(), residuals: self.residuals.view_mut() }
+        } else if plan.tree {
+            UnitsMut::PagesOfTokens { scores: self.pages.view_mut(), masks: pages.masks.view() }
+        } else {
+            UnitsMut::Pages(self.pages.view_mut())
+        }
     }
 }
 
@@ -136,8 +173,9 @@ struct Sparse {
     chosen: State,
     tail: State,
     whole: Option<Whole>,
+    ahead: Option<AheadList>,
     /// Where the host chooses pages.
-    nodes: Option<Nodes>,
+    nodes: Option<Standing>,
 }
 
 /// Layer memory that a sparse step works on.
@@ -153,25 +191,26 @@ struct Whole {
     warm: DeviceBuffer<u64>,
 }
 
+/// A state for each query head.
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     out: DeviceBuffer<f32>,
     lse: DeviceBuffer<f32>,
 }
 
 impl State {
-    fn new(device: &Device, heads: usize, dim: usize) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &Device, heads: usize, dim: usize) -> Result<Self, DeviceError> {
         Ok(Self {
             out: DeviceBuffer::zeros(device, heads * dim)?,
             lse: DeviceBuffer::from_slice(device, &vec![f32::NEG_INFINITY; heads])?,
         })
     }
 
-    fn write(&mut self) -> DevState<'_> {
+    pub(super) fn write(&mut self) -> DevState<'_> {
         DevState { out: self.out.view_mut(), lse: self.lse.view_mut() }
     }
 
-    fn read(&self) -> (DevRef<'_, f32>, DevRef<'_, f32>) {
+    pub(super) fn read(&self) -> (DevRef<'_, f32>, DevRef<'_, f32>) {
         (self.out.view(), self.lse.view())
     }
 }
@@ -221,44 +260,10 @@ impl Sparse {
             chosen: State::new(device, items * cache.group, cache.head_dim)?,
             tail: State::new(device, items * cache.group, cache.head_dim)?,
             whole: plan.max_doubt.map(|_| whole()).transpose()?,
-            nodes: plan.listed.map(|_| Nodes::new(device, plan, options, shape.entries)).transpose()?,
-        })
-    }
-}
-
-/// Super-nodes of the items, and their state.
-#[derive(Debug)]
-struct Nodes {
-    sweep: Sweep,
-    first: DeviceBuffer<u32>,
-    end: DeviceBuffer<u32>,
-    /// Sequence of each entry that `first` and `end` are of.
-    of: Vec<u32>,
-    scores: DeviceBuffer<f32>,
-    lse: DeviceBuffer<f32>,
-    state: State,
-}
-
-impl Nodes {
-    fn new(device: &Device, plan: &Plan, options: &GpuOptions, entries: usize) -> Result<Self, DeviceError> {
-        let cache = plan.shape;
-        let (items, num) = (entries * cache.heads, plan.nodes(options));
-        let each = plan.nodes_each(options.max_tokens);
-        let scan = ScanShape {
-            items,
-            group: cache.group,
-            head_dim: cache.head_dim,
-            pages_max: each,
-            num_pages: num,
-        };
-        Ok(Self {
-            sweep: Sweep::new(device, scan)?,
-            first: DeviceBuffer::zeros(device, items)?,
-            end: DeviceBuffer::zeros(device, items)?,
-            of: vec![u32::MAX; entries],
-            scores: DeviceBuffer::zeros(device, num * cache.group)?,
-            lse: DeviceBuffer::zeros(device, items * cache.group)?,
-            state: State::new(device, items * cache.group, cache.head_dim)?,
+            ahead: (plan.prefetch > 0)
+                .then(|| AheadList::new(device, items, plan.prefetch_units()))
+                .transpose()?,
+            nodes: plan.listed.map(|_| Standing::new(device, plan, options, shape.entries)).transpose()?,
         })
     }
 }
@@ -279,23 +284,7 @@ impl<E: DeviceElem> Chain<E> {
         let Some(nodes) = self.sparse.as_mut().and_then(|sparse| sparse.nodes.as_mut()) else {
             return Ok(());
         };
-        if nodes.of[..] == *sequences {
-            return Ok(());
-        }
-        let heads = plan.shape.heads as u32;
-        let (mut first, mut end) = (Vec::new(), Vec::new());
-        for &sequence in sequences {
-            for head in 0..heads {
-                let there = sequence != u32::MAX;
-                let start = if there { (sequence * heads + head) * each as u32 } else { 0 };
-                first.push(start);
-                end.push(if there { start + each as u32 } else { 0 });
-            }
-        }
-        nodes.first.write_async(0, &first, stream)?;
-        nodes.end.write_async(0, &end, stream)?;
-        nodes.of = sequences.to_vec();
-        Ok(())
+        nodes.enter(plan.shape.heads, each, sequences, stream)
     }
 
     pub(super) fn new(
@@ -336,7 +325,7 @@ impl<E: DeviceElem> Chain<E> {
         layer: &mut LayerMemory<E>,
         io: &StepIo,
     ) -> Result<(), DeviceError> {
-        let LayerMemory { kv, chunks, pages, slots, doubt, nodes } = layer;
+        let LayerMemory { kv, chunks, pages, slots, doubt, ahead, nodes } = layer;
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
@@ -366,21 +355,24 @@ impl<E: DeviceElem> Chain<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            num_ahead: ahead.as_mut().map(|ahead| ahead.num.view_mut()),
             tree_pages: plan.tree.then(|| pages.tree_pages.view()),
             doubt,
         };
-        append_step(stream, tables, append)?;
+        shared.clock.time(Stage::Append, stream, || append_step(stream, tables, append))?;
         let params = AttendParams { scale, softcap: None };
         if let Some((attend, state)) = &mut self.exact {
             let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
             let rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
-            dense_decode(stream, attend, &args, rows, state.write())?;
+            let work = || dense_decode(stream, attend, &args, rows, state.write());
+            shared.clock.time(Stage::Attend, stream, work)?;
         }
         if self.sparse.is_some() {
             self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots, nodes), params)?;
         }
         if let Some((_, state)) = &self.exact {
-            finish(stream, tables, &[state.read()], &io.out, FinishStart::Early)?;
+            let work = || finish(stream, tables, &[state.read()], &io.out, FinishStart::Early);
+            shared.clock.time(Stage::Finish, stream, work)?;
         }
         let Some(sparse) = &self.sparse else { return Ok(()) };
         stream.wait(&shared.joins[0])?;
@@ -390,7 +382,8 @@ impl<E: DeviceElem> Chain<E> {
         }
         parts.extend(sparse.nodes.as_ref().map(|nodes| nodes.state.read()));
         parts.extend(sparse.whole.as_ref().map(|whole| whole.state.read()));
-        finish(stream, tables, &parts, &io.out, FinishStart::AfterAll)
+        let work = || finish(stream, tables, &parts, &io.out, FinishStart::AfterAll);
+        shared.clock.time(Stage::Finish, stream, work)
     }
 
     fn queue_sparse(
@@ -402,39 +395,26 @@ impl<E: DeviceElem> Chain<E> {
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
+        let scores = &mut shared.scores[self.shape.parity];
         shared.forks[0].record(stream)?;
         shared.sides[0].wait(&shared.forks[0])?;
+        let side = &shared.sides[0];
         if !plan.tree {
             let built = memory.write(shared.signs.as_ref());
-            build_pages(&shared.sides[0], tables, PageSource::Step, kv.view(), built)?;
+            let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
+            shared.clock.time(Stage::Pages, side, work)?;
         }
-        if let Some(nodes) = &mut sparse.nodes {
-            let pages = Spans { first: nodes.first.view(), end: nodes.end.view() };
-            let summaries = Summaries {
-                keys: of_nodes.mean_keys.view(),
-                log_count: of_nodes.log_count.view(),
-                pages,
-                spreads: Some((of_nodes.spread.view(), floe_index::export::PAGE_SPREAD)),
-            };
-            let (query, side) = ((self.q.view(), params.scale), &shared.sides[0]);
-            nodes.sweep.page_scores(
-                side,
-                query,
-                &summaries,
-                nodes.scores.view_mut(),
-                nodes.lse.view_mut(),
-            )?;
-            if plan.tail {
-                let units = TailUnits::Pages(nodes.scores.view());
-                let (lse, values) = (nodes.lse.view(), of_nodes.mean_values.view());
-                nodes.sweep.tail(side, &TailArgs { units, lse, values, pages }, nodes.state.write())?;
-            }
+        if let Some(standing) = sparse.nodes.as_mut().filter(|_| plan.tail) {
+            let query = (self.q.view(), params.scale);
+            let work = || standing.queue(side, query, of_nodes);
+            shared.clock.time(Stage::Tail, side, work)?;
         }
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         if let Some(Whole { plan: attend, state, warm }) = &mut sparse.whole {
             let items = WholeItems { rows: whole_rows, warm: warm.view(), heads: plan.shape.heads };
-            whole_decode(&shared.sides[0], attend, &args, items, state.write())?;
+            let work = || whole_decode(side, attend, &args, items, state.write());
+            shared.clock.time(Stage::Whole, side, work)?;
         }
         shared.joins[0].record(&shared.sides[0])?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
@@ -450,12 +430,13 @@ impl<E: DeviceElem> Chain<E> {
                 spread: floe_index::export::token_spread(plan.bits[0]),
             };
             let to = TokenScoresMut {
-                scores: shared.page_scores.view_mut(),
-                residuals: shared.residuals.view_mut(),
+                scores: scores.pages.view_mut(),
+                residuals: scores.residuals.view_mut(),
                 lse: sparse.unit_lse.view_mut(),
             };
             let means = PageKeys { keys: memory.mean_keys.view(), pages };
-            sparse.sweep.token_scores(stream, query, &means, &codes, to)?;
+            let work = || sparse.sweep.token_scores(stream, query, &means, &codes, to);
+            shared.clock.time(Stage::Scan, stream, work)?;
         } else {
             let summaries = Summaries {
                 keys: memory.mean_keys.view(),
@@ -463,8 +444,9 @@ impl<E: DeviceElem> Chain<E> {
                 pages,
                 spreads: plan.tree.then(|| (memory.spread.view(), floe_index::export::PAGE_SPREAD)),
             };
-            let (scores, lse) = (shared.page_scores.view_mut(), sparse.unit_lse.view_mut());
-            sparse.sweep.page_scores(stream, query, &summaries, scores, lse)?;
+            let (to, lse) = (scores.pages.view_mut(), sparse.unit_lse.view_mut());
+            let work = || sparse.sweep.page_scores(stream, query, &summaries, to, lse);
+            shared.clock.time(Stage::Scan, stream, work)?;
         }
         let selection = Selection {
             pages,
@@ -477,16 +459,11 @@ impl<E: DeviceElem> Chain<E> {
             list_end: sparse.found_end.view_mut(),
             list: sparse.found.view_mut(),
         };
-        let units = if plan.by_token() {
-            UnitsMut::Tokens { scores: shared.page_scores.view(), residuals: shared.residuals.view_mut() }
-        } else if plan.tree {
-            UnitsMut::PagesOfTokens { scores: shared.page_scores.view_mut(), masks: memory.masks.view() }
-        } else {
-            UnitsMut::Pages(shared.page_scores.view_mut())
-        };
-        sparse.sweep.select(stream, selection, units)?;
+        let units = scores.units(plan, memory);
+        let work = || sparse.sweep.select(stream, selection, units);
+        shared.clock.time(Stage::Select, stream, work)?;
         let tail = {
-            let scores = shared.page_scores.view();
+            let (scores, residuals) = (scores.pages.view(), scores.residuals.view());
             let units = match rotation {
                 None => TailUnits::Pages(scores),
                 Some(rotation) => {
@@ -496,7 +473,7 @@ impl<E: DeviceElem> Chain<E> {
                         scales: memory.value_scales.view(),
                         rotation,
                     });
-                    TailUnits::Tokens(TokenScores { scores, residuals: shared.residuals.view() }, values)
+                    TailUnits::Tokens(TokenScores { scores, residuals }, values)
                 }
             };
             let (lse, values) = (sparse.unit_lse.view(), memory.mean_values.view());
@@ -506,7 +483,9 @@ impl<E: DeviceElem> Chain<E> {
         if beside {
             shared.forks[1].record(stream)?;
             shared.sides[1].wait(&shared.forks[1])?;
-            sparse.sweep.tail(&shared.sides[1], &tail, sparse.tail.write())?;
+            let side = &shared.sides[1];
+            let work = || sparse.sweep.tail(side, &tail, sparse.tail.write());
+            shared.clock.time(Stage::Tail, side, work)?;
             shared.joins[1].record(&shared.sides[1])?;
         }
         let found = Resolve {
@@ -523,8 +502,10 @@ impl<E: DeviceElem> Chain<E> {
             to: sparse.to.view_mut(),
             num: self.num_fetch.view_mut(),
         };
-        resolve::<E>(stream, tables, found, slots.write(), &mut fetch)?;
-        fetch_listed(stream, plan.shape.head_dim, &fetch, kv.view_mut())?;
+        let work = || resolve::<E>(stream, tables, found, slots.write(), &mut fetch);
+        shared.clock.time(Stage::Resolve, stream, work)?;
+        let work = || fetch_listed(stream, plan.shape.head_dim, (&fetch, FetchPace::Full), kv.view_mut());
+        shared.clock.time(Stage::Fetch, stream, work)?;
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         let lists = Lists::Rows {
             spans: Spans { first: sparse.list_first.view(), end: sparse.list_end.view() },
@@ -533,10 +514,38 @@ impl<E: DeviceElem> Chain<E> {
         let Sparse { attend, chosen, tail: tail_state, sweep, .. } = sparse;
         if plan.tail && !beside {
             let attention = Beside { plan: attend, args, lists };
-            return sweep.tail_and_decode(stream, &tail, tail_state.write(), attention, chosen.write());
+            let work = || sweep.tail_and_decode(stream, &tail, tail_state.write(), attention, chosen.write());
+            return shared.clock.time(Stage::Attend, stream, work);
         }
-        sparse_decode(stream, attend, &args, lists, chosen.write())?;
+        let work = || sparse_decode(stream, attend, &args, lists, chosen.write());
+        shared.clock.time(Stage::Attend, stream, work)?;
         if beside { stream.wait(&shared.joins[1]) } else { Ok(()) }
+    }
+
+    /// Behind a sparse step: the next best units of its scores, which are then gone.
+    pub(super) fn select_ahead(
+        &mut self,
+        stream: &Stream,
+        (plan, shared): (&Plan, &mut Shared),
+        pages: &PageMemory<E>,
+    ) -> Result<Option<&AheadList>, DeviceError> {
+        let Some(Sparse { sweep, unit_lse, ahead: Some(ahead), .. }) = &mut self.sparse else {
+            return Ok(None);
+        };
+        let selection = Selection {
+            pages: Spans { first: self.ranges[0].view(), end: self.ranges[1].view() },
+            lse: unit_lse.view(),
+            attended: None,
+            ids: None,
+            budget: plan.prefetch_units() as u32,
+            budgets: None,
+            list_first: ahead.first.view(),
+            list_end: ahead.end.view_mut(),
+            list: ahead.list.view_mut(),
+        };
+        let units = shared.scores[self.shape.parity].units(plan, pages);
+        shared.clock.time(Stage::Ahead, stream, || sweep.select(stream, selection, units))?;
+        Ok(Some(ahead))
     }
 
     /// What the last step left on the device; waits.

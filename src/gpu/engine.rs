@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 
-use floe_cuda::device::{Device, DeviceBuffer, Graph, Stream};
+use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Graph, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{
     BatchEntry, CHUNK_ROWS, DeviceTensor, Ingest, PageSource, SequencePlace, Tables, build_pages, ingest,
     refill,
 };
 
-use super::chain::{Chain, ChainShape, Shared, StepIo};
+use super::ahead::AheadStreams;
+use super::chain::{Chain, ChainShape, Shared, StepIo, recording_stream};
 use super::cost::{CostModel, Load};
 use super::host::HostPool;
 use super::host_io::HostIo;
@@ -66,6 +67,8 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) device: Device,
     pub(super) layers: Vec<LayerMemory<E>>,
     pub(super) shared: Shared,
+    /// Where steps prefetch.
+    pub(super) ahead: Option<AheadStreams>,
     /// With pages of similar keys.
     pub(super) trees: Option<Trees>,
     pub(super) batch: DeviceBuffer<BatchEntry>,
@@ -104,6 +107,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             chains: HashMap::new(),
             layers,
             shared: Shared::new(device, &plan, &options)?,
+            ahead: (plan.prefetch > 0).then(|| AheadStreams::new(device)).transpose()?,
             trees: if plan.tree { Some(Trees::new(device, &options)?) } else { None },
             batch: DeviceBuffer::zeros(device, options.max_batch.next_power_of_two())?,
             uploaded: vec![BatchEntry::default(); options.max_batch.next_power_of_two()],
@@ -237,8 +241,10 @@ impl<E: DeviceElem> GpuEngine<E> {
         let io =
             StepIo { q: step.q, k: step.k_new, v: step.v_new, out: step.out, scale: step.scale.to_bits() };
         let padded = pad(&io, shape.entries);
+        self.before_step(layer, shape, stream)?;
         self.enter_nodes(&shape, stream)?;
         self.run(layer, shape, &padded, stream)?;
+        self.queue_ahead(layer, shape, stream)?;
         if !exact {
             self.ask_trees((step.sequences, layer), (&shape, step.scale), stream)?;
         }
@@ -278,6 +284,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         let (index, place) = (open.index, open.place);
         self.own_end(seq, stream)?;
+        self.settle(stream)?;
         self.forget_spread(index, stream)?;
         for memory in &mut self.layers {
             // Slots of what is forgotten may be asked for again with other contents.
@@ -383,6 +390,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             entries: step.sequences.len().next_power_of_two(),
             exact_tokens: 0,
             pages: 0,
+            parity: if self.ahead.is_some() && !exact { layer % 2 } else { 0 },
         };
         let mut entries = vec![BatchEntry::default(); shape.entries];
         for ((seq, position), entry) in step.sequences.iter().zip(step.positions).zip(&mut entries) {
@@ -408,6 +416,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             shape.exact_tokens = shape.exact_tokens.max(1024);
         }
         if self.uploaded[..entries.len()] != entries[..] {
+            if let Some(ahead) = &self.ahead {
+                ahead.wait_for_lists(stream)?;
+            }
             self.batch.write_async(0, &entries, stream)?;
             self.uploaded[..entries.len()].copy_from_slice(&entries);
         }
@@ -438,7 +449,7 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// Replays the step if it is recorded, else runs it; a step seen before is recorded on the way.
     fn run(&mut self, layer: usize, shape: ChainShape, io: &StepIo, stream: &Stream) -> Result<()> {
         let key = (layer, shape, *io);
-        if let Some(Recorded::Ready(graph)) = self.graphs.get(&key) {
+        if let (Some(Recorded::Ready(graph)), false) = (self.graphs.get(&key), self.shared.clock.on) {
             self.replayed_steps += 1;
             return Ok(graph.launch(stream)?);
         }
@@ -448,7 +459,10 @@ impl<E: DeviceElem> GpuEngine<E> {
         let memory = &mut self.layers[layer];
         let (plan, shared) = (&self.plan, &mut self.shared);
         let tables = (self.batch.view(), self.sequences.view());
+        shared.clock.layer = layer;
+        // Recorded events have no time.
         let launched = match self.options.submit {
+            _ if shared.clock.on => true,
             Submit::Auto => shape.exact,
             Submit::Recorded => false,
             Submit::Launches => true,
@@ -465,9 +479,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             }
             Some(_) => {
                 // The capture needs a stream of its own: that of the host engine may be the default one.
-                let own = Stream::new(&self.device)?;
+                let own = recording_stream(&self.device, plan)?;
                 let record = || chain.queue(&own, (plan, shared), tables, memory, io);
-                let graph = Graph::capture::<floe_cuda::device::DeviceError>(&own, record)?;
+                let graph = Graph::capture::<DeviceError>(&own, record)?;
                 graph.launch(stream)?;
                 self.graphs.insert(key, Recorded::Ready(graph));
                 Ok(())
@@ -516,6 +530,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         let slots = old.rows_each as usize - shape.sinks - shape.ring;
         let place = SequencePlace { slots: slots as u32, ..old };
+        self.settle(stream)?;
         // While all rows are still there; trees read host memory.
         for layer in 0..if self.plan.tree { 0 } else { self.config.num_layers } {
             let stored = self.places.get(seq)?.tokens[layer];
@@ -560,15 +575,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             return Ok(());
         }
         let heads = self.plan.shape.heads;
-        let tokens = place.tokens as usize;
-        let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
-        for memory in &mut self.layers {
-            let slots = &mut memory.slots;
-            let end = tokens + place.tokens_each as usize * heads;
-            slots.row_of_token.fill_range(tokens..end, 0xff, stream)?;
-            slots.token_of_row.fill_range(rows.clone(), 0xff, stream)?;
-            slots.used.fill_range(rows.clone(), 0, stream)?;
-        }
+        self.layers.iter_mut().try_for_each(|memory| memory.slots.forget(place, heads, stream))?;
         Ok(())
     }
 }

@@ -11,8 +11,8 @@ use crate::ids::SeqId;
 
 impl<E: DeviceElem> GpuEngine<E> {
     /// Opens a sequence with the contents of `seq`. Chunks of 256 tokens in host memory are shared between the two for as long as both keep
-    /// their tokens; summaries and rows on the device are copied, slots start empty. Closing in any order is safe. Waits for the
-    /// device; the copies are queued on `stream`.
+    /// their tokens; summaries and rows on the device are copied, slots start empty. Trees of the new sequence are built by its first sparse
+    /// step. Closing in any order is safe. Waits for the device; the copies are queued on `stream`.
     ///
     /// # Errors
     /// Unknown sequence, no room for another one.
@@ -49,7 +49,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             self.sequences.write_async(open.index, &[open.place], stream)?;
         }
         let to = open.place;
-        if !self.plan.exact {
+        if !self.plan.exact && !self.plan.tree {
             let pages =
                 from.pages as usize..(from.pages + from.pages_each * self.plan.shape.heads as u32) as usize;
             for memory in &mut self.layers {

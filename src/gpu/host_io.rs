@@ -102,6 +102,17 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// # Errors
     /// As [`GpuEngine::attend`]; numbers that are not finite.
     pub fn attend_host(&mut self, step: &HostLayerStep<'_>, out: &mut [f32], stream: &Stream) -> Result<()> {
+        self.attend_host_in(&[step.layer], step, out, stream)
+    }
+
+    /// As [`GpuEngine::attend_host`], with the same tensors in several layers, one right behind the other; `out` is the last one's.
+    pub(super) fn attend_host_in(
+        &mut self,
+        layers: &[LayerId],
+        step: &HostLayerStep<'_>,
+        out: &mut [f32],
+        stream: &Stream,
+    ) -> Result<()> {
         finite(&[("q", &step.q), ("k_new", &step.k_new), ("v_new", &step.v_new)])?;
         let len: usize = step.q.shape().iter().product();
         if out.len() != len {
@@ -125,7 +136,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             if let Some([before, _]) = &io.marks {
                 before.record(stream)?;
             }
-            self.attend(&step, stream)?;
+            for layer in layers {
+                self.attend(&LayerStep { layer: *layer, ..step }, stream)?;
+            }
             if let Some([_, behind]) = &io.marks {
                 behind.record(stream)?;
             }

@@ -7,6 +7,7 @@ use floe_cuda::device::Stream;
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::CHUNK_ROWS;
 
+use super::clock::StageSpan;
 use super::engine::GpuEngine;
 use super::layer::LayerMemory;
 use super::report::{GpuMemory, GpuReport, LastStep};
@@ -76,14 +77,16 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// # Errors
     /// What the driver reports, list entries outside of their buffers included.
     pub fn report(&self, stream: &Stream) -> Result<GpuReport> {
-        let (mut hits, mut fetched, mut in_doubt) = (0, 0, 0);
+        let (mut hits, mut fetched, mut ahead, mut in_doubt) = (0, 0, 0, 0);
         for memory in &self.layers {
             let counters = memory.slots.counters.read(stream)?;
             hits += counters[0];
             fetched += counters[1];
+            ahead += counters[2];
             in_doubt += memory.doubt.doubted.read(stream)?[0];
         }
         self.device.check_entries()?;
+        let row_bytes = (self.plan.shape.row_len() * size_of::<E>()) as u64;
         Ok(GpuReport {
             device: self.device.properties().name.clone(),
             steps: self.steps,
@@ -93,7 +96,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             head_steps_in_doubt: in_doubt,
             rows_hit: hits,
             rows_fetched: fetched,
-            bytes_fetched: fetched * (self.plan.shape.row_len() * size_of::<E>()) as u64,
+            bytes_fetched: fetched * row_bytes,
+            bytes_prefetched: ahead * row_bytes,
             rule: self.cost.to_string() + &self.plan.placement(),
             tree: self.trees.as_ref().map(|trees| trees.report),
         })
@@ -110,6 +114,20 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         self.sparse_head_steps = 0;
         Ok(())
+    }
+
+    /// Times the stages of steps from here on, or no longer: they are then launched one by one.
+    pub fn time_stages(&mut self, on: bool) {
+        self.shared.clock.on = on;
+    }
+
+    /// When the stages ran that were timed since the last call. Waits for the device.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn stages(&mut self) -> Result<Vec<StageSpan>> {
+        self.device.synchronize()?;
+        Ok(self.shared.clock.take()?)
     }
 
     /// Bytes held.

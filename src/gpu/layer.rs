@@ -5,11 +5,12 @@ use std::ops::Range;
 use bytemuck::Pod;
 use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
-use floe_cuda::ops::cache::{PageSketch, Pages, Slots};
+use floe_cuda::ops::cache::{PageSketch, Pages, SequencePlace, Slots};
 use half::f16;
 
-use super::nodes::Summary;
+use super::ahead::AheadMemory;
 use super::options::{GpuOptions, Plan};
+use super::standing::NodeMemory;
 
 /// Rows, summaries and slots of one layer, all sequences together.
 #[derive(Debug)]
@@ -21,39 +22,10 @@ pub(super) struct LayerMemory<E> {
     pub(super) pages: PageMemory<E>,
     pub(super) slots: SlotMemory,
     pub(super) doubt: DoubtMemory,
+    /// Rows on their way for the next step, where steps prefetch.
+    pub(super) ahead: Option<AheadMemory>,
     /// Where the host chooses the pages.
     pub(super) nodes: NodeMemory<E>,
-}
-
-/// Super-nodes that stand for pages which are not on the device, [sequences, heads, nodes each].
-#[derive(Debug)]
-pub(super) struct NodeMemory<E> {
-    /// [nodes, head_dim]
-    pub(super) mean_keys: DeviceBuffer<E>,
-    pub(super) mean_values: DeviceBuffer<E>,
-    /// `[nodes]`
-    pub(super) log_count: DeviceBuffer<f32>,
-    pub(super) spread: DeviceBuffer<f32>,
-}
-
-impl<E: DeviceElem> NodeMemory<E> {
-    fn new(device: &Device, nodes: usize, dim: usize) -> Result<Self, DeviceError> {
-        Ok(Self {
-            mean_keys: DeviceBuffer::zeros(device, nodes * dim)?,
-            mean_values: DeviceBuffer::zeros(device, nodes * dim)?,
-            log_count: DeviceBuffer::from_slice(device, &vec![f32::NEG_INFINITY; nodes])?,
-            spread: DeviceBuffer::zeros(device, nodes)?,
-        })
-    }
-
-    /// Queues what is written of node `at`, its count aside.
-    pub(super) fn write(&mut self, at: usize, summary: &Summary, stream: &Stream) -> Result<(), DeviceError> {
-        let narrow = |x: &[f32]| x.iter().map(|x| E::from_f32(*x)).collect::<Vec<E>>();
-        let dim = summary.key.len();
-        self.mean_keys.write_async(at * dim, &narrow(&summary.key), stream)?;
-        self.mean_values.write_async(at * dim, &narrow(&summary.value), stream)?;
-        self.spread.write_async(at, &[summary.spread], stream)
-    }
 }
 
 /// Summaries and sketches of the pages.
@@ -89,7 +61,7 @@ pub(super) struct SlotMemory {
     pub(super) token_of_row: DeviceBuffer<u32>,
     pub(super) used: DeviceBuffer<u32>,
     pub(super) hand: DeviceBuffer<u32>,
-    /// Rows found in slots, rows fetched.
+    /// Rows found in slots, rows fetched, rows fetched ahead.
     pub(super) counters: DeviceBuffer<u64>,
 }
 
@@ -139,6 +111,8 @@ impl<E: DeviceElem> LayerMemory<E> {
         let bits = plan.bits;
         let sketched = |bits: usize| if bits > 0 { pages } else { 0 };
         let rows = if plan.exact { 0 } else { options.rows };
+        let items = options.max_batch.next_power_of_two() * heads;
+        let ahead = || AheadMemory::new(device, plan, items);
         let mut memory = Self {
             kv: DeviceBuffer::zeros(device, options.rows * 2 * dim)?,
             chunks: DeviceBuffer::zeros(device, options.max_sequences * chunks)?,
@@ -164,9 +138,10 @@ impl<E: DeviceElem> LayerMemory<E> {
                 token_of_row: DeviceBuffer::zeros(device, rows)?,
                 used: DeviceBuffer::zeros(device, rows)?,
                 hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
-                counters: DeviceBuffer::zeros(device, 2)?,
+                counters: DeviceBuffer::zeros(device, 3)?,
             },
             doubt: DoubtMemory::new(device, options.max_sequences * heads)?,
+            ahead: (plan.prefetch > 0).then(ahead).transpose()?,
             nodes: NodeMemory::new(device, plan.nodes(options), dim)?,
         };
         let stream = Stream::new(device)?;
@@ -269,6 +244,20 @@ fn copy_part<T: Pod>(
 }
 
 impl SlotMemory {
+    /// No slot of a place of so many kv heads holds anything.
+    pub(super) fn forget(
+        &mut self,
+        place: &SequencePlace,
+        heads: usize,
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        let (first, each) = (place.tokens as usize, place.tokens_each as usize);
+        let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
+        self.row_of_token.fill_range(first..first + each * heads, 0xff, stream)?;
+        self.token_of_row.fill_range(rows.clone(), 0xff, stream)?;
+        self.used.fill_range(rows, 0, stream)
+    }
+
     pub(super) fn write(&mut self) -> Slots<'_> {
         Slots {
             row_of_token: self.row_of_token.view_mut(),

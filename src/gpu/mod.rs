@@ -33,7 +33,9 @@
 //! A host engine that attends a chunk of a prompt itself gets the stored rows back from [`GpuEngine::gather`].
 //! Tensors at the same addresses in later steps (as PyTorch's allocator usually gives) let the step be replayed.
 
+mod ahead;
 mod chain;
+mod clock;
 mod cost;
 mod engine;
 mod fork;
@@ -50,9 +52,11 @@ mod places;
 mod profile;
 mod report;
 mod runs;
+mod standing;
 mod tree;
 mod trees;
 
+pub use clock::{Stage, StageSpan};
 pub use cost::{CostModel, Load};
 pub use engine::{GpuEngine, LayerStep};
 pub use floe_cuda::device::{Device, DeviceError, Event, Stream};
@@ -60,5 +64,8 @@ pub use floe_cuda::ops::DeviceElem;
 pub use floe_cuda::ops::cache::{DeviceTensor, TensorType};
 pub use host_io::HostLayerStep;
 pub use options::{GpuOptions, Placement, Prefer, Submit, TailPlace};
-pub use profile::{DeviceProfilePlan, DeviceProfileRow, device_profile, device_profile_table};
+pub use profile::{
+    DeviceProfilePlan, DeviceProfileRow, StageRow, device_profile, device_profile_html, device_profile_table,
+    overlap_table, step_overlap,
+};
 pub use report::{GpuMemory, GpuReport, LastStep, TreeReport};

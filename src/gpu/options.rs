@@ -87,6 +87,9 @@ pub struct GpuOptions {
     pub tail: TailPlace,
     /// How steps are submitted.
     pub submit: Submit,
+    /// Tokens of a kv head that are brought into slots behind a sparse step, on streams of their own: the next best beyond those that it
+    /// retrieved, for the layer's next step. 0: none. Whole pages where pages are selected.
+    pub prefetch: usize,
     /// Where pages of trees are chosen.
     pub placement: Placement,
     /// Threads that build, extend and search trees; 0: half of the cores.
@@ -116,6 +119,7 @@ impl GpuOptions {
             tail: TailPlace::default(),
             submit: Submit::default(),
             placement: Placement::default(),
+            prefetch: 0,
             tree_threads: 0,
         }
     }
@@ -166,6 +170,8 @@ pub(super) struct Plan {
     pub(super) max_doubt: Option<f32>,
     /// Tokens that a step retrieves at most.
     pub(super) retrieved: usize,
+    /// Tokens that are brought in for the next step at most.
+    pub(super) prefetch: usize,
     /// Slots of a kv head once a sequence does not fit densely.
     pub(super) slots: usize,
 }
@@ -231,6 +237,20 @@ impl Plan {
             let reason = format!("must hold the {retrieved} tokens that a step retrieves");
             return Err(Error::config("hot.slots", config.hot.slots, reason));
         }
+        let mut prefetch = if exact { 0 } else { options.prefetch };
+        if bits[0] == 0 {
+            prefetch = prefetch / PAGE_TOKENS * PAGE_TOKENS;
+        }
+        if tree && prefetch > 0 {
+            let reason = "must be 0 where pages come from trees, which change between steps";
+            return Err(Error::config("prefetch", options.prefetch, reason));
+        }
+        if prefetch > RETRIEVED_MAX || retrieved + prefetch > config.hot.slots.max(retrieved) {
+            let reason = format!(
+                "must be at most {RETRIEVED_MAX} and fit hot.slots beside {retrieved} retrieved tokens"
+            );
+            return Err(Error::config("prefetch", options.prefetch, reason));
+        }
         for (field, value) in [
             ("max_sequences", options.max_sequences),
             ("max_tokens", options.max_tokens),
@@ -246,8 +266,19 @@ impl Plan {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
         let slots = config.hot.slots;
-        let plan =
-            Self { shape, exact, bits, tail, tail_place, tree, listed: None, max_doubt, retrieved, slots };
+        let plan = Self {
+            shape,
+            exact,
+            bits,
+            tail,
+            tail_place,
+            tree,
+            listed: None,
+            max_doubt,
+            retrieved,
+            prefetch,
+            slots,
+        };
         let all = shape.heads * plan.pages_each(options.max_tokens) * PAGE_TOKENS;
         let on_host = match options.placement {
             Placement::Gpu => false,
@@ -335,6 +366,11 @@ impl Plan {
                 format!("; the host lists the pages of {part} of the super-nodes, by an earlier query")
             }
         }
+    }
+
+    /// Units that are brought in for the next step at most.
+    pub(super) const fn prefetch_units(&self) -> usize {
+        if self.by_token() { self.prefetch } else { self.prefetch / PAGE_TOKENS }
     }
 
     /// Rows of a kv head with slots at least.

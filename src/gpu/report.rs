@@ -21,6 +21,8 @@ pub struct GpuReport {
     pub rows_fetched: u64,
     /// Their bytes.
     pub bytes_fetched: u64,
+    /// Bytes of rows that were brought in for later steps (`GpuOptions::prefetch`).
+    pub bytes_prefetched: u64,
     /// When a step is exact, in words.
     pub rule: String,
     /// Work on the host's trees; `None` where pages are runs of tokens.

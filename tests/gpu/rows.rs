@@ -177,7 +177,7 @@ fn a_saved_sequence_goes_on_as_the_one_that_was_saved() {
         stage.engine.close(c.seq).unwrap();
         for _ in 0..5 {
             let refused = stage.engine.restore(&path, None, &world.stream);
-            assert!(matches!(&refused, Err(Error::File(_))), "{refused:?}");
+            assert!(matches!(&refused, Err(Error::Damage(_))), "{refused:?}");
         }
     }
     std::fs::remove_dir_all(&folder).unwrap();

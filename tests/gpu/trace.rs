@@ -27,6 +27,8 @@ pub struct Setup {
     pub hot: f64,
     pub prefer: Prefer,
     pub tail: TailPlace,
+    /// Tokens brought in behind a step.
+    pub prefetch: usize,
     /// Empty the slots before every step.
     pub cold: bool,
     pub steps: usize,
@@ -42,6 +44,7 @@ pub const SETUP: Setup = Setup {
     hot: 0.0,
     prefer: Prefer::Speed,
     tail: TailPlace::Beside,
+    prefetch: 0,
     cold: false,
     steps: 120,
     piece: 1000,
@@ -63,6 +66,7 @@ pub fn on_device(trace: &Trace, setup: &Setup) -> Run {
     let options = GpuOptions {
         prefer: setup.prefer,
         tail: setup.tail,
+        prefetch: setup.prefetch,
         ..GpuOptions::for_load(&config, 1, meta.num_tokens, setup.hot)
     };
     let options = if setup.on_host { options.chosen_on_host(&config).unwrap() } else { options };
@@ -204,6 +208,29 @@ fn what_is_hot_changes_no_bit() {
         assert_eq!(warm.retrieved, other.retrieved);
         for (step, (a, b)) in warm.outs.iter().zip(&other.outs).enumerate() {
             assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()), "step {step} differs");
+        }
+    }
+}
+
+#[test]
+fn prefetched_rows_raise_the_hit_rate_and_change_no_bit() {
+    let trace = Trace::open(TRACE).unwrap();
+    for (policy, tail) in [
+        ("pagemean:sketch=k1,tail=page", TailPlace::Beside),
+        ("pagemean:sketch=k2v1,tail=page", TailPlace::Joined),
+        ("pagemean:unit=page,tail=page", TailPlace::Beside),
+    ] {
+        let setup = Setup { policy, tail, slots: 1024, ..SETUP };
+        let (without, with) =
+            (on_device(&trace, &setup), on_device(&trace, &Setup { prefetch: 256, ..setup }));
+        println!("{policy}: hit rate {:.3}, with prefetch {:.3}", without.hit_rate, with.hit_rate);
+        assert!(with.hit_rate > without.hit_rate, "{} {}", with.hit_rate, without.hit_rate);
+        assert_eq!(without.retrieved, with.retrieved);
+        for (step, (a, b)) in without.outs.iter().zip(&with.outs).enumerate() {
+            assert!(
+                a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()),
+                "{policy}: step {step} differs"
+            );
         }
     }
 }

@@ -3,7 +3,8 @@
 //! A case has as many layers in memory as `--memory` allows, and a token calls the model's layers in turn, so that one layer in
 //! memory may serve several of the model's: it is then a few tokens further each time. Queries drift from call to call, which
 //! sets how much of a selection stays the same. What is timed is the calls alone, from an event before the first to one behind the
-//! last; the host engine's own work between them is not there.
+//! last. The host engine's own work between them is not there, or stands for as a large device copy behind each call (`--gap-us`), whose
+//! time alone is taken off: it gives prefetch something to hide behind, and takes device bandwidth as weights do.
 
 mod plot;
 mod world;
@@ -61,6 +62,12 @@ pub struct Args {
     /// Choose pages of trees on the host, with room on the device for those alone that it lists.
     #[arg(long)]
     host_lists: bool,
+    /// Tokens of a kv head that are brought in behind a step for the next one.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    prefetch: Vec<usize>,
+    /// Microseconds of a device copy behind each call, in place of the host engine's own work.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    gap_us: Vec<f64>,
     /// How steps are submitted: auto, recorded, launches.
     #[arg(long, default_value = "auto", value_parser = submit)]
     submit: Submit,
@@ -94,6 +101,11 @@ struct Row {
     hot: f64,
     /// Share of the retrieved rows that were in their slots.
     hit_rate: f64,
+    /// Tokens of a kv head that are brought in behind a step, and their bytes a token, all layers.
+    prefetch: usize,
+    prefetch_mb: f64,
+    /// Device copy behind each call, microseconds; not in the times.
+    gap_us: f64,
     /// Share of the steps that were exact.
     exact: f64,
     /// Milliseconds of a token: all layers.
@@ -154,6 +166,8 @@ fn measure(
         tokens: args.tokens,
         rows: args.rows,
         tail: if args.joined_tail { TailPlace::Joined } else { TailPlace::Beside },
+        prefetch: 0,
+        gap_us: 0.0,
         submit: args.submit,
         host_lists: args.host_lists,
     };
@@ -176,12 +190,18 @@ fn measure(
                     if (held * of_layer) as f64 * hot > args.device_memory as f64 {
                         continue;
                     }
-                    let case = case(policy, budget, hot, drift);
-                    let timed = world::time(device, &case, &mut kv)?;
-                    let row = row(&case, &timed, (full_ms, torch_ms));
-                    print_row(&row);
-                    print_trees(&timed);
-                    rows.push(row);
+                    for &gap_us in &args.gap_us {
+                        // Where all rows are there, nothing is fetched ahead.
+                        for &prefetch in args.prefetch.iter().filter(|prefetch| hot < 1.0 || **prefetch == 0)
+                        {
+                            let case = Case { gap_us, prefetch, ..case(policy, budget, hot, drift) };
+                            let timed = world::time(device, &case, &mut kv)?;
+                            let row = row(&case, &timed, (full_ms, torch_ms));
+                            print_row(&row);
+                            print_trees(&timed);
+                            rows.push(row);
+                        }
+                    }
                 }
             }
         }
@@ -203,6 +223,9 @@ fn row(case: &Case, timed: &Timed, (full_ms, torch_ms): (Option<f64>, Option<f64
         budget: case.budget,
         hot: case.hot,
         hit_rate: report.hit_rate(),
+        prefetch: case.prefetch,
+        prefetch_mb: report.bytes_prefetched as f64 / calls * case.layers as f64 / 1e6,
+        gap_us: timed.gap_us,
         exact: report.exact_steps as f64 / report.steps as f64,
         p50_ms: at(0.5),
         p99_ms: at(0.99),
@@ -239,12 +262,12 @@ fn read_sdpa(path: &PathBuf) -> anyhow::Result<Vec<Sdpa>> {
 
 fn write_csv(path: &PathBuf, rows: &[Row]) -> anyhow::Result<()> {
     let mut text = String::from(
-        "context,batch,policy,budget,hot,hit_rate,exact,p50_ms,p99_ms,link_mb,rows_gb,beside_gb,of_full,of_sdpa,layers_held\n",
+        "context,batch,policy,budget,hot,hit_rate,exact,p50_ms,p99_ms,link_mb,rows_gb,beside_gb,of_full,of_sdpa,layers_held,prefetch,prefetch_mb,gap_us\n",
     );
     let optional = |x: Option<f64>| x.map_or(String::new(), |x| format!("{x:.4}"));
     for r in rows {
         text += &format!(
-            "{},{},\"{}\",{},{},{:.4},{:.3},{:.4},{:.4},{:.3},{:.3},{:.3},{},{},{}\n",
+            "{},{},\"{}\",{},{},{:.4},{:.3},{:.4},{:.4},{:.3},{:.3},{:.3},{},{},{},{},{:.3},{:.1}\n",
             r.context,
             r.batch,
             r.policy,
@@ -259,7 +282,10 @@ fn write_csv(path: &PathBuf, rows: &[Row]) -> anyhow::Result<()> {
             r.beside_gb,
             optional(r.of_full),
             optional(r.of_sdpa),
-            r.layers_held
+            r.layers_held,
+            r.prefetch,
+            r.prefetch_mb,
+            r.gap_us
         );
     }
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
@@ -269,9 +295,9 @@ fn write_csv(path: &PathBuf, rows: &[Row]) -> anyhow::Result<()> {
 fn print_head(device: &Device) {
     println!("{}", device.properties().name);
     println!(
-        "| context | batch | policy | budget | hot | hit rate | exact steps | ms a token p50 | p99 | us a layer | link MB | rows GB | beside GB | of full | of SDPA | layers held |"
+        "| context | batch | policy | budget | hot | hit rate | exact steps | ms a token p50 | p99 | us a layer | link MB | rows GB | beside GB | of full | of SDPA | layers held | prefetch | its MB | gap us |"
     );
-    println!("|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
+    println!("|---:|---:|---|{}", "---:|".repeat(16));
 }
 
 /// What a policy with trees did beside its steps.
@@ -300,7 +326,7 @@ fn print_trees(timed: &Timed) {
 fn print_row(r: &Row) {
     let optional = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.2}"));
     println!(
-        "| {} | {} | {} | {} | {} | {:.3} | {:.2} | {:.3} | {:.3} | {:.1} | {:.2} | {:.2} | {:.2} | {} | {} | {} |",
+        "| {} | {} | {} | {} | {} | {:.3} | {:.2} | {:.3} | {:.3} | {:.1} | {:.2} | {:.2} | {:.2} | {} | {} | {} | {} | {:.2} | {:.0} |",
         r.context,
         r.batch,
         r.policy,
@@ -316,6 +342,9 @@ fn print_row(r: &Row) {
         r.beside_gb,
         optional(r.of_full),
         optional(r.of_sdpa),
-        r.layers_held
+        r.layers_held,
+        r.prefetch,
+        r.prefetch_mb,
+        r.gap_us
     );
 }

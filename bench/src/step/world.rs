@@ -38,13 +38,20 @@ pub struct Case {
     /// Rows of a layer on the device at least.
     pub rows: usize,
     pub tail: TailPlace,
+    /// Tokens of a kv head brought in behind a step.
+    pub prefetch: usize,
+    /// Microseconds of a device copy behind each call.
+    pub gap_us: f64,
     pub submit: Submit,
     pub host_lists: bool,
 }
 
 /// What came out.
 pub struct Timed {
+    /// The gaps taken off.
     pub token_ms: Vec<f64>,
+    /// Time of a gap.
+    pub gap_us: f64,
     /// Seconds until the trees of the prompt were built.
     pub build_s: f64,
     /// Microseconds that a layer takes longer in the calls in which sixteen tokens leave the window: medians.
@@ -138,6 +145,53 @@ impl Inputs {
     }
 }
 
+/// What stands in for a host engine's work between two calls: a copy on the device.
+struct Gap {
+    buffers: Option<[DeviceBuffer<u8>; 2]>,
+    /// Its time alone.
+    us: f64,
+}
+
+impl Gap {
+    fn new(device: &Device, us: f64, stream: &Stream) -> anyhow::Result<Self> {
+        if us <= 0.0 {
+            return Ok(Self { buffers: None, us: 0.0 });
+        }
+        // Large copies run at a rate: what a first one of 256 MiB takes says how much the time wanted moves.
+        let mut trial = Self::of(device, 1 << 28, stream)?;
+        let bytes = (f64::from(1 << 28) * us / trial.time(device, stream)?) as usize;
+        drop(trial);
+        let mut gap = Self::of(device, bytes.next_multiple_of(256), stream)?;
+        gap.us = gap.time(device, stream)?;
+        Ok(gap)
+    }
+
+    fn of(device: &Device, bytes: usize, stream: &Stream) -> anyhow::Result<Self> {
+        let buffers = Some([DeviceBuffer::zeros(device, bytes)?, DeviceBuffer::zeros(device, bytes)?]);
+        let mut gap = Self { buffers, us: 0.0 };
+        gap.time(device, stream)?;
+        Ok(gap)
+    }
+
+    fn queue(&mut self, stream: &Stream) -> anyhow::Result<()> {
+        let Some([from, to]) = &mut self.buffers else { return Ok(()) };
+        Ok(to.copy_from(from, stream)?)
+    }
+
+    /// Microseconds of one of many in a row.
+    fn time(&mut self, device: &Device, stream: &Stream) -> anyhow::Result<f64> {
+        const REPEATS: usize = 64;
+        let (start, end) = (Event::new(device)?, Event::new(device)?);
+        start.record(stream)?;
+        for _ in 0..REPEATS {
+            self.queue(stream)?;
+        }
+        end.record(stream)?;
+        end.synchronize()?;
+        Ok(end.micros_since(&start)? / REPEATS as f64)
+    }
+}
+
 fn engine(device: &Device, case: &Case) -> anyhow::Result<GpuEngine<bf16>> {
     let heads = HeadShape::new(HEADS * GROUP, HEADS, D)?;
     let slots = ((case.context as f64 * case.hot) as usize).max(2 * case.budget).min(case.context);
@@ -154,7 +208,14 @@ fn engine(device: &Device, case: &Case) -> anyhow::Result<GpuEngine<bf16>> {
     Ok(GpuEngine::open(
         device,
         config,
-        GpuOptions { rows, prefer: Prefer::Speed, tail: case.tail, submit: case.submit, ..options },
+        GpuOptions {
+            rows,
+            prefer: Prefer::Speed,
+            tail: case.tail,
+            submit: case.submit,
+            prefetch: case.prefetch,
+            ..options
+        },
     )?)
 }
 
@@ -198,6 +259,7 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
     let out_tensor = unsafe {
         DeviceTensor::contiguous(out.view().address(), TensorType::Bf16, [case.batch, HEADS * GROUP, D])
     };
+    let mut gap = Gap::new(device, case.gap_us, &kv.stream)?;
     let mut positions = vec![vec![prompt; case.batch]; case.held];
     let mut call = |engine: &mut GpuEngine<bf16>, inputs: &Inputs, layer: usize| -> anyhow::Result<()> {
         // Keys and values of new tokens have one address a layer, so that the step can be replayed.
@@ -240,6 +302,7 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
             start.record(&kv.stream)?;
             for layer in 0..case.held.min(left) {
                 call(&mut engine, &inputs, layer)?;
+                gap.queue(&kv.stream)?;
             }
             let whole = case.held <= left;
             left -= case.held.min(left);
@@ -262,7 +325,7 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
             }
             position += 1;
         }
-        token_ms.push(sum / 1e3);
+        token_ms.push((sum - case.layers as f64 * gap.us) / 1e3);
     }
     let [without, with] = rounds.map(|us| if us.is_empty() { f64::NAN } else { median(us) });
     let update_us = with - without;
@@ -270,5 +333,5 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
     for seq in sequences {
         engine.close(seq)?;
     }
-    Ok(Timed { token_ms, build_s, update_us, report, memory })
+    Ok(Timed { token_ms, gap_us: gap.us, build_s, update_us, report, memory })
 }

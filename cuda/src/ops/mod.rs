@@ -12,8 +12,6 @@
 //! | launcher | read from the device each time | fixed when recorded |
 //! |---|---|---|
 //! | [`dense_decode`], [`whole_decode`], [`sparse_decode`], [`fetch_attend`] | `Spans::first`, `Spans::end` per item, every list entry and mask | items, and through [`PlanShape::rows_max`] the number of blocks an item gets: rows beyond it are attended all the same, only slower, but where it gives every warp one or two tiles they are left out and reported |
-//! | `Scan::page_scores`, `sketch_scores`, `page_tail` | first and last page of each item, ln counts, masks | items, blocks an item (from `pages_max`; more pages are scored all the same) |
-//! | `Scan::select_topk` | first and last unit, where each list begins; writes where it ends | the budget; units beyond `pages_max` are **not** considered: plan for the longest context |
 //! | `Sweep::page_scores`, `token_scores`, `tail` (module [`sweep`]) | first and last page of each item, masks, codes, means | items, blocks an item; more pages than `pages_max` are scored all the same |
 //! | `Sweep::select` | first and last page, budgets, where each list begins; writes where it ends | the largest budget; pages beyond `pages_max` are **not** considered |
 //! | [`fetch_pages`], [`fetch_rows`] | [`Fetch::num`], the lists; [`Fetch::NOWHERE`] leaves a unit out | most units |
@@ -31,7 +29,6 @@ mod fetch;
 mod match_scan;
 mod merge_states;
 mod plan;
-mod scan;
 pub mod sweep;
 
 pub use append_kv::{NewRows, append_kv};
@@ -43,7 +40,7 @@ pub use fetch::{Fetch, fetch_pages, fetch_rows};
 pub use match_scan::{Ring, match_scan};
 pub use merge_states::{MERGE_PARTS_MAX, merge_states};
 pub use plan::{DecodePlan, PlanShape};
-pub use scan::{KeySketches, PageScores, Scan, ScanShape, Scores, Select, Summaries};
+pub use sweep::{ScanShape, Summaries};
 
 use half::{bf16, f16};
 

@@ -5,9 +5,9 @@ use floe_cuda::device::{DeviceBuffer, PinnedBuffer};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::Spans;
 use floe_cuda::ops::cache::{
-    AppendStep, BatchEntry, CHUNK_ROWS, CacheShape, DeviceTensor, FetchList, FinishStart, FoundUnit, Ingest,
-    PageSketch, PageSource, Pages, Ranges, Resolve, SequencePlace, Slots, Tables, TensorType, append_step,
-    build_pages, fetch_listed, finish, ingest, refill, resolve,
+    Ahead, AppendStep, BatchEntry, CHUNK_ROWS, CacheShape, DeviceTensor, FetchList, FetchPace, FinishStart,
+    FoundUnit, Ingest, PageSketch, PageSource, Pages, Ranges, Resolve, SequencePlace, Slots, Tables,
+    TensorType, append_step, build_pages, fetch_listed, finish, ingest, refill, resolve, resolve_ahead,
 };
 use floe_cuda::twin::device::{HostCache, WarmRow, encode, merge_parts};
 use half::{bf16, f16};
@@ -114,6 +114,27 @@ impl<E: DeviceElem> World<E> {
                 got.iter().zip(want).all(|(a, b)| a.to_f32() == b.to_f32()),
                 "{name}: host {sequence} {head} {token}"
             );
+        }
+    }
+
+    /// What a list says is to be fetched, and where to.
+    fn fetched(
+        &self,
+        (from, to): (&DeviceBuffer<u64>, &DeviceBuffer<u32>),
+        num: &DeviceBuffer<u32>,
+    ) -> Vec<(WarmRow, u32)> {
+        let stream = &self.rig.stream;
+        let num = num.read(stream).unwrap()[0] as usize;
+        let (from, to) = (from.read(stream).unwrap(), to.read(stream).unwrap());
+        from[..num].iter().zip(&to).map(|(address, row)| (self.warm_row(*address), *row)).collect()
+    }
+
+    /// Fetches on the twin's side.
+    fn twin_fetch(&mut self, rows: &[(WarmRow, u32)]) {
+        let len = self.twin.shape.row_len();
+        for (token, row) in rows {
+            self.twin.kv[*row as usize * len..(*row as usize + 1) * len]
+                .copy_from_slice(&self.twin.warm[token]);
         }
     }
 
@@ -329,8 +350,8 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
     let none = |n: usize| rig.buffer(&vec![u32::MAX; n]);
     let (mut row_of_token, mut token_of_row) = (none(world.twin.row_of_token.len()), none(rows));
     let (mut used, mut hand) = (zeros(rows), zeros(2 * heads));
-    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 2).unwrap();
-    let (mut hits, mut misses) = (0, 0);
+    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 3).unwrap();
+    let (mut hits, mut misses, mut brought) = (0, 0, 0);
     for step in 0..60 {
         // The dense sequence now and then selects, is absent, or is attended exactly.
         let entry = |sequence: u32, tokens: usize| BatchEntry {
@@ -367,6 +388,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 row_end: row_end.view_mut(),
             },
             num_fetch: num_fetch.view_mut(),
+            num_ahead: None,
             tree_pages: None,
             doubt: None,
         };
@@ -412,7 +434,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
         };
         let mut fetch = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
         resolve::<bf16>(&rig.stream, &tables, request, slots, &mut fetch).unwrap();
-        fetch_listed(&rig.stream, d, &fetch, world.kv.view_mut()).unwrap();
+        fetch_listed(&rig.stream, d, (&fetch, FetchPace::Full), world.kv.view_mut()).unwrap();
 
         for (i, entry) in batch.iter().enumerate() {
             let span = i * heads * d..(i + 1) * heads * d;
@@ -429,23 +451,49 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 "{name}: list of item {item}"
             );
         }
-        let num = num_fetch.read(&rig.stream).unwrap()[0] as usize;
-        let (addresses, rows) = (from.read(&rig.stream).unwrap(), to.read(&rig.stream).unwrap());
-        let mut got: Vec<(WarmRow, u32)> = addresses[..num]
-            .iter()
-            .zip(&rows)
-            .map(|(address, row)| (world.warm_row(*address), *row))
-            .collect();
+        let mut got = world.fetched((&from, &to), &num_fetch);
         let mut expected = want.fetch.clone();
         got.sort_unstable();
         expected.sort_unstable();
         assert_eq!(got, expected, "{name}: what is fetched");
-        for ((sequence, head, token), row) in expected {
-            let len = world.twin.shape.row_len();
-            let warm = world.twin.warm[&(sequence, head, token)].clone();
-            world.twin.kv[row as usize * len..(row as usize + 1) * len].copy_from_slice(&warm);
-            misses += 1;
-        }
+        world.twin_fetch(&expected);
+        misses += expected.len() as u64;
+        // What comes next, some of it there, some of it found just now: as many rows as slots are old enough.
+        let next: Vec<Vec<u32>> =
+            found.iter().map(|f| f.iter().map(|token| token + step as u32 % 7).collect()).collect();
+        let flat: Vec<u32> =
+            next.iter().flat_map(|f| f.iter().copied().chain(vec![0; retrieved - f.len()])).collect();
+        let device_next = rig.buffer(&flat);
+        num_fetch.write(&[0]).unwrap();
+        let ahead = Ahead {
+            spans: Spans { first: first.view(), end: end.view() },
+            found: device_next.view(),
+            unit: FoundUnit::Tokens,
+            most: retrieved,
+        };
+        let slots = Slots {
+            row_of_token: row_of_token.view_mut(),
+            token_of_row: token_of_row.view_mut(),
+            used: used.view_mut(),
+            hand: hand.view_mut(),
+            counters: counters.view_mut(),
+        };
+        let tables = Tables {
+            shape: world.twin.shape,
+            batch: world.batch.view(),
+            sequences: world.sequences.view(),
+            chunks: world.chunks.view(),
+        };
+        let mut fetch = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
+        resolve_ahead::<bf16>(&rig.stream, &tables, ahead, slots, &mut fetch).unwrap();
+        fetch_listed(&rig.stream, d, (&fetch, FetchPace::Beside), world.kv.view_mut()).unwrap();
+        let mut expected = world.twin.resolve_ahead(&batch, &next);
+        let mut got = world.fetched((&from, &to), &num_fetch);
+        got.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(got, expected, "{name}: what is fetched ahead");
+        world.twin_fetch(&expected);
+        brought += expected.len() as u64;
         hits += want.lists[..heads].iter().zip(&found).map(|(_, f)| f.len() as u64).sum::<u64>();
         world.check_rows(&name);
         let (pages, rows_end) = (ranges[1].read(&rig.stream).unwrap(), ranges[3].read(&rig.stream).unwrap());
@@ -459,7 +507,12 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
         }
     }
     let counted = counters.read(&rig.stream).unwrap();
-    assert_eq!((counted[0] + counted[1], counted[1]), (hits, misses), "rows found and fetched");
+    assert_eq!(
+        (counted[0] + counted[1], counted[1], counted[2]),
+        (hits, misses, brought),
+        "rows found and fetched"
+    );
+    assert!(brought > 100, "{brought} rows came ahead");
     assert!(misses * 10 > hits && misses < hits, "{misses} of {hits}: the case must have both");
     rig.device.check_entries().unwrap();
 }

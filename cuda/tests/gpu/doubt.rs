@@ -82,6 +82,7 @@ impl<E: DeviceElem> Step<E> {
                 row_end: row_end.view_mut(),
             },
             num_fetch: self.num_fetch.view_mut(),
+            num_ahead: None,
             tree_pages: None,
             doubt: Some(DoubtCheck {
                 factor,
@@ -149,7 +150,7 @@ fn check<E: DeviceElem>(d: usize) {
         let warm = step.warm.read(&rig.stream).unwrap();
         let mut all: Vec<E> = Vec::new();
         let (mut first, mut end) = (vec![], vec![]);
-        for item in 0..ITEMS {
+        for (item, warm) in warm.iter().enumerate() {
             let doubt = rows.1[item] > rows.0[item];
             let far = variance(&world, &q, item, tokens) * f64::from(factor);
             // f32 sums, and means that round the other way.
@@ -159,7 +160,7 @@ fn check<E: DeviceElem>(d: usize) {
             let published = if doubt { 0 } else { world.twin.published(tokens) as u32 };
             assert_eq!(pages.1[item] - pages.0[item], published, "{name}: pages of item {item}");
             assert_eq!(rows.1[item] - rows.0[item], if doubt { tokens as u32 } else { 0 });
-            assert_eq!(warm[item] != 0, doubt && item >= HEADS, "{name}: item {item}");
+            assert_eq!(*warm != 0, doubt && item >= HEADS, "{name}: item {item}");
             first.push((all.len() / (2 * d)) as u32);
             for token in (0..tokens).filter(|_| doubt) {
                 all.extend_from_slice(&world.twin.warm[&(item / HEADS, item % HEADS, token)]);
@@ -210,7 +211,7 @@ fn nothing_is_listed<E: DeviceElem>(world: &mut World<E>, step: &Step<E>) {
     let (found, firsts, ends) = (rig.buffer(&found), rig.buffer(&firsts), rig.buffer(&ends));
     let (mut row_of_token, mut token_of_row) = (none(world.twin.row_of_token.len()), none(num_rows));
     let (mut used, mut hand, mut num) = (zeros(num_rows), zeros(ITEMS), zeros(1));
-    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 2).unwrap();
+    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 3).unwrap();
     let mut from = DeviceBuffer::<u64>::zeros(&rig.device, ITEMS * retrieved).unwrap();
     let mut to = zeros(ITEMS * retrieved);
     let request = Resolve {

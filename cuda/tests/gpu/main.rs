@@ -11,7 +11,6 @@ mod doubt;
 mod fetch;
 mod real;
 mod rig;
-mod scan;
 mod states;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,8 +1,9 @@
-//! `merge_states` and `append_kv`.
+//! `merge_states`, `append_kv` and `match_scan`.
 
 use floe_cuda::StateRef;
-use floe_cuda::ops::{DevState, NewRows, append_kv, merge_states};
-use floe_cuda::twin::device::{NOWHERE, append_rows, merge_parts};
+use floe_cuda::device::DeviceBuffer;
+use floe_cuda::ops::{DevState, NewRows, Ring, append_kv, match_scan, merge_states};
+use floe_cuda::twin::device::{self as twin, NOWHERE, append_rows, merge_parts};
 use half::{bf16, f16};
 
 use crate::rig::{Guarded, errors, rig};
@@ -98,5 +99,39 @@ fn append_kv_writes_the_rows_named_and_no_other() {
             append::<bf16>(d, rows);
             append::<f16>(d, rows);
         }
+    }
+}
+
+#[test]
+fn nearest_query_is_that_of_the_twin() {
+    let rig = rig();
+    let (heads, places, dim) = (32, 300, 128);
+    let mut random = Random(3);
+    let mut ring = random.normals(heads * places * dim, 1.0);
+    let q = random.normals(heads * dim, 1.0);
+    let num: Vec<u32> = (0..heads as u32).map(|h| [0, 1, 7, 300][h as usize % 4]).collect();
+    // Every fourth head has two equal nearest queries.
+    for head in (3..heads).step_by(4) {
+        for place in [41, 200] {
+            ring[(head * places + place) * dim..][..dim].copy_from_slice(&q[head * dim..][..dim]);
+        }
+    }
+    let (ring_d, q_d, num_d) = (rig.buffer(&ring), rig.buffer(&q), rig.buffer(&num));
+    let mut distance = Guarded::new(rig, heads);
+    let mut place: DeviceBuffer<u32> = rig.buffer(&vec![u32::MAX; heads]);
+    let of = Ring { queries: ring_d.view(), num: num_d.view() };
+    match_scan(&rig.stream, &of, q_d.view(), distance.view(), place.view_mut()).unwrap();
+    let (distance, place) = (distance.read(rig), place.read(&rig.stream).unwrap());
+    for head in 0..heads {
+        let start = head * places * dim;
+        let (want, at) =
+            twin::match_scan(&ring[start..start + num[head] as usize * dim], &q[head * dim..][..dim]);
+        assert_eq!(place[head], at, "head {head}");
+        let far = (f64::from(distance[head]) - want).abs();
+        assert!(
+            f64::from(distance[head]) == want || far <= want * 1e-5,
+            "head {head}: {} is not {want}",
+            distance[head]
+        );
     }
 }

@@ -99,7 +99,8 @@ class FloeCache(Cache):
             **engine,
         }
         self._dtype = dtype
-        self._sparse_tokens = sparse_tokens
+        #: As given; may be set between forward passes.
+        self.sparse_tokens = sparse_tokens
         # Opened once for nothing, so that a wrong setting is refused here and not in the middle of a prompt.
         Engine(**self._settings, dtype=DTYPES[dtype or torch.bfloat16])
         self._max_tokens = max_tokens or config.max_position_embeddings
@@ -131,7 +132,7 @@ class FloeCache(Cache):
         if not _same_padding(before, after):
             raise ValueError("attention_mask differs from the one with which the stored tokens came")
         new = [None] * batch if mask is None else [_real_places(row[stored:]) for row in mask]
-        sparse = stored > 0 and num_tokens <= self._sparse_tokens
+        sparse = stored > 0 and num_tokens <= self.sparse_tokens
         self._plan = Plan(num_tokens, new, first=stored == 0, sparse=sparse)
         self._real = mask
 

@@ -16,6 +16,7 @@ struct AppendStepParams {
     q_out: u64,
     ranges: [u64; 4],
     num_fetch: u64,
+    num_ahead: u64,
     tree_pages: u64,
     fault: u64,
     spread: u64,
@@ -79,6 +80,8 @@ pub struct AppendStep<'a, E> {
     pub ranges: Ranges<'a>,
     /// One word, becomes 0; device.
     pub num_fetch: DevMut<'a, u32>,
+    /// Another such word, of what is fetched for later steps (see [`super::resolve_ahead`]).
+    pub num_ahead: Option<DevMut<'a, u32>>,
     /// Pages of the tree of each kv head, [sequences, heads]; `None`: pages are runs of 16 tokens. Device.
     pub tree_pages: Option<DevRef<'a, u32>>,
     /// `None`: no item is in doubt.
@@ -112,6 +115,7 @@ pub fn append_step<E: DeviceElem>(
         range.check("ranges", items)?;
     }
     step.num_fetch.check("num_fetch", 1)?;
+    step.num_ahead.as_ref().map_or(Ok(()), |num| num.check("num_ahead", 1))?;
     if let Some(pages) = step.tree_pages {
         pages.check("tree_pages", tables.sequences.len() * shape.heads)?;
     }
@@ -133,6 +137,7 @@ pub fn append_step<E: DeviceElem>(
         q_out: step.q_out.address(),
         ranges: ranges.map(|range| range.address()),
         num_fetch: step.num_fetch.address(),
+        num_ahead: step.num_ahead.map_or(0, |num| num.address()),
         tree_pages: step.tree_pages.map_or(0, |pages| pages.address()),
         fault: stream.device().fault_address(),
         spread: of_doubt(|doubt| doubt.spread.address()),

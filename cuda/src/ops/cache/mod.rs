@@ -1,9 +1,9 @@
 //! Launchers of the kernels that keep the engine's cache on the device: append, ingest and gather, page summaries, slots, output.
 //!
 //! ```text
-//! append_step ─> page_scores ─> select_topk ─> resolve ─> fetch_listed ─> sparse_decode ─┐
-//!      │                            └───────────> page_tail ─────────────────────────────┼─> finish
-//!      └─> build_pages                                                                   ┘
+//! append_step ─> scores ─> select ─┬> resolve ─> fetch_listed ─> sparse_decode ─┬> finish
+//!      │                           └> tail ──────────────────────────────────────┤
+//!      └─> build_pages ─> whole_decode ──────────────────────────────────────────┘
 //! ```
 //! All of them read lengths and places from tables in device memory ([`Tables`]), so that a recorded step can be replayed while
 //! sequences grow, join and leave. An *item* is a kv head of an entry of the batch: `entry * heads + head`.
@@ -24,7 +24,10 @@ pub use finish::{FINISH_PARTS_MAX, FinishStart, finish};
 pub use gather::{Gather, gather};
 pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
-pub use resolve::{FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve};
+pub use resolve::{
+    Ahead, FetchList, FetchPace, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve,
+    resolve_ahead,
+};
 pub use tensor::{DeviceTensor, TensorType};
 pub use tree::{TreePage, TreePages, build_tree_pages};
 

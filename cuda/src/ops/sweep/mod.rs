@@ -24,11 +24,24 @@ use super::{check_head_dim, word};
 use crate::KernelError;
 use crate::device::{DevMut, DevRef, Device, DeviceBuffer, DeviceError};
 
-pub use scores::{KeyCodes, PageKeys, TokenScoresMut};
+pub use scores::{KeyCodes, PageKeys, Summaries, TokenScoresMut};
 pub use select::{Selection, UnitsMut};
 pub use tail::{Beside, TailArgs, TailUnits, ValueCodes};
 
-use super::scan::ScanShape;
+/// What scans are made for.
+#[derive(Debug, Clone, Copy)]
+pub struct ScanShape {
+    /// Items.
+    pub items: usize,
+    /// Query heads of an item, 1 to 16.
+    pub group: usize,
+    /// Dimensions of a head: 64, 96, 128 or 256.
+    pub head_dim: usize,
+    /// Most pages of one item.
+    pub pages_max: usize,
+    /// Pages of all items, a multiple of 16: every item begins at a multiple of 16.
+    pub num_pages: usize,
+}
 
 /// The rotation of sketches, as `floe_index::rotate` has it.
 #[derive(Debug, Clone, Copy)]

@@ -3,9 +3,8 @@
 use half::f16;
 
 use super::super::decode::Spans;
-use super::super::scan::{self, ScanShape};
-use super::super::{DeviceElem, Summaries, check_aligned, word};
-use super::{Rotation, RotationParams, Sweep, address, lane_heads, layers};
+use super::super::{DeviceElem, check_aligned, word};
+use super::{Rotation, RotationParams, ScanShape, Sweep, address, lane_heads, layers};
 use crate::KernelError;
 use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream, Together};
 
@@ -15,6 +14,20 @@ pub(super) const WARPS: u32 = 8;
 /// Blocks of the scan of sketches that registers let run at once.
 pub(super) fn blocks_at_once(shape: &ScanShape) -> u32 {
     if shape.head_dim == 256 || lane_heads(shape) == 2 { 1 } else { 2 }
+}
+
+/// Summaries of all pages.
+#[derive(Debug, Clone, Copy)]
+pub struct Summaries<'a, E> {
+    /// Mean keys, [num_pages, head_dim] E; device.
+    pub keys: DevRef<'a, E>,
+    /// Natural log of the tokens of each page, `[num_pages]`; -inf = no page; device.
+    pub log_count: DevRef<'a, f32>,
+    /// Pages of each item; first ones are multiples of 16.
+    pub pages: Spans<'a>,
+    /// Mean squared deviation of a coordinate of each page's keys from their mean, `[pages]`, device, and what a score gains per
+    /// `|q|^2 scale^2` times it, finite; `None`: nothing.
+    pub spreads: Option<(DevRef<'a, f32>, f32)>,
 }
 
 /// Mean keys of all pages.
@@ -55,6 +68,25 @@ pub struct TokenScoresMut<'a> {
     pub lse: DevMut<'a, f32>,
 }
 
+/// Mirrors `floe::PageParams`.
+#[repr(C)]
+struct PageParams {
+    q: u64,
+    keys: u64,
+    log_count: u64,
+    first: u64,
+    end: u64,
+    scores: u64,
+    part_lse: u64,
+    arrived: u64,
+    lse: u64,
+    scale: f32,
+    group: u32,
+    num_pages: u32,
+    spreads: u64,
+    spread: f32,
+}
+
 /// Mirrors `floe::SketchParams`.
 #[repr(C)]
 struct SketchParams {
@@ -86,17 +118,55 @@ impl Sweep {
     pub fn page_scores<E: DeviceElem>(
         &mut self,
         stream: &Stream,
-        query: (DevRef<'_, E>, f32),
+        (q, scale): (DevRef<'_, E>, f32),
         summaries: &Summaries<'_, E>,
         scores: DevMut<'_, f32>,
         lse: DevMut<'_, f32>,
     ) -> Result<(), DeviceError> {
-        let parts = scan::PageParts {
+        let ScanShape { items, group, head_dim, num_pages, .. } = self.shape;
+        let (spreads, spread) = match summaries.spreads {
+            Some((spreads, spread)) => {
+                spreads.check("spreads", num_pages)?;
+                (spreads.address(), spread)
+            }
+            None => (0, 0.0),
+        };
+        if let Some(scale) = [scale, spread].into_iter().find(|scale| !scale.is_finite()) {
+            return Err(KernelError::Scale { scale }.into());
+        }
+        q.check("q", items * group * head_dim)?;
+        summaries.keys.check("keys", num_pages * head_dim)?;
+        summaries.log_count.check("log_count", num_pages)?;
+        self.check_spans(&summaries.pages)?;
+        self.check_scores(scores.len(), None)?;
+        lse.check("lse", items * group)?;
+        for (field, address) in
+            [("q", q.address()), ("keys", summaries.keys.address()), ("scores", scores.address())]
+        {
+            check_aligned(field, address)?;
+        }
+        let params = PageParams {
+            q: q.address(),
+            keys: summaries.keys.address(),
+            log_count: summaries.log_count.address(),
+            first: summaries.pages.first.address(),
+            end: summaries.pages.end.address(),
+            scores: scores.address(),
             part_lse: address(self.part_lse.view_mut()),
             arrived: address(self.arrived.view_mut()),
-            blocks: self.page_blocks,
+            lse: lse.address(),
+            scale,
+            group: word("group", group)?,
+            num_pages: word("num_pages", num_pages)?,
+            spreads,
+            spread,
         };
-        scan::queue_page_scores(stream, &self.shape, &parts, (query, summaries), (scores, lse))
+        let name = format!("page_scores_{}_d{head_dim}", E::NAME);
+        let kernel = stream.device().kernel("page_scores", &name, 0)?;
+        let blocks = (self.page_blocks, word("items", items)?);
+        let launch = Launch { blocks, threads: WARPS * 32, shared_bytes: 0 };
+        // SAFETY: the layouts match, every buffer has the checked shape, and the kernel begins by waiting for earlier ones.
+        unsafe { kernel.launch_early(stream, launch, Together::ALONE, &params) }
     }
 
     /// Scores of all pages and tokens: of a page `q.mean_key * scale`, of a token the page's and

@@ -3,9 +3,8 @@
 use half::f16;
 
 use super::super::decode::Spans;
-use super::super::scan::ScanShape;
 use super::super::{check_aligned, word};
-use super::Sweep;
+use super::{ScanShape, Sweep};
 use crate::device::{DevMut, DevRef, Device, DeviceError, Launch, Stream, Together};
 
 /// As in `select.cu`.

@@ -4,9 +4,8 @@ use half::f16;
 
 use super::super::decode::{DevState, Join, Lists, Spans, SparseCall, When, queue_sparse};
 use super::super::plan::DecodePlan;
-use super::super::scan::ScanShape;
 use super::super::{DecodeArgs, DeviceElem, check_aligned, word};
-use super::{Rotation, RotationParams, Sweep, TokenScores, address, lane_heads, layers};
+use super::{Rotation, RotationParams, ScanShape, Sweep, TokenScores, address, lane_heads, layers};
 use crate::device::{DevRef, Device, DeviceError, Launch, Stream, Together};
 
 /// Warps of a block at most.

@@ -163,8 +163,6 @@ impl<E: KvElem> HostCache<E> {
     ) {
         let place = self.places[sequence];
         let first_token = (place.pages as usize + head * place.pages_each as usize) * 16;
-        let first_slot =
-            place.rows as usize + head * place.rows_each as usize + self.shape.sinks + self.shape.ring;
         let start = list.len();
         for token in found {
             let row = self.row_of_token[*token as usize];
@@ -174,9 +172,53 @@ impl<E: KvElem> HostCache<E> {
             list.push(row);
         }
         let missing: Vec<usize> = (start..list.len()).filter(|i| list[*i] == NONE).collect();
-        if missing.is_empty() {
-            return;
+        let tokens: Vec<u32> = missing.iter().map(|entry| found[entry - start]).collect();
+        for (entry, (token, row)) in missing.iter().zip(self.give_slots((sequence, head), (tick, 0), &tokens))
+        {
+            list[*entry] = row;
+            fetch.push(((sequence, head, token as usize - first_token), row));
         }
+    }
+
+    /// Slots for tokens that a later step may want, by item; those that were used before the last step.
+    pub fn resolve_ahead(&mut self, batch: &[BatchEntry], found: &[Vec<u32>]) -> Vec<(WarmRow, u32)> {
+        let mut fetch = Vec::new();
+        for (item, found) in found.iter().enumerate() {
+            let (entry, head) = (batch[item / self.shape.heads], item % self.shape.heads);
+            let sequence = entry.sequence as usize;
+            let place = self.places[sequence];
+            if entry.tokens == 0 || place.slots == SequencePlace::DENSE {
+                continue;
+            }
+            let mut missing = Vec::new();
+            for token in found {
+                match self.row_of_token[*token as usize] {
+                    NONE => missing.push(*token),
+                    row => self.used[row as usize] = self.used[row as usize].max(entry.tick - 1),
+                }
+            }
+            let first_token = (place.pages as usize + head * place.pages_each as usize) * 16;
+            let given = self.give_slots((sequence, head), (entry.tick, 1), &missing);
+            fetch.extend(
+                given.into_iter().map(|(token, row)| ((sequence, head, token as usize - first_token), row)),
+            );
+        }
+        fetch
+    }
+
+    /// Slots for `missing` tokens in the order of those, as many as were used longer than `ahead` steps ago.
+    fn give_slots(
+        &mut self,
+        (sequence, head): (usize, usize),
+        (tick, ahead): (u32, u32),
+        missing: &[u32],
+    ) -> Vec<(u32, u32)> {
+        if missing.is_empty() {
+            return Vec::new();
+        }
+        let place = self.places[sequence];
+        let first_slot =
+            place.rows as usize + head * place.rows_each as usize + self.shape.sinks + self.shape.ring;
         // The window of slots from the hand on; oldest ages first, equal ages by place, those of one age above the last whole age
         // mixed by place.
         let slots = place.slots as usize;
@@ -184,7 +226,7 @@ impl<E: KvElem> HostCache<E> {
         let hand = &mut self.hand[sequence * self.shape.heads + head];
         let at = |i: usize| first_slot + (*hand as usize + i) % slots;
         let age = |i: usize| tick.wrapping_sub(self.used[at(i)]).min(AGE_MAX);
-        let mut by_age: Vec<usize> = (0..window).filter(|i| age(*i) > 0).collect();
+        let mut by_age: Vec<usize> = (0..window).filter(|i| age(*i) > ahead).collect();
         by_age.sort_by_key(|i| (std::cmp::Reverse(age(*i)), *i));
         let limit = by_age.get(missing.len() - 1).map_or(0, |i| age(*i));
         let (mut chosen, same): (Vec<usize>, Vec<usize>) =
@@ -193,18 +235,18 @@ impl<E: KvElem> HostCache<E> {
         chosen.extend(same);
         let chosen: Vec<usize> = chosen.iter().take(missing.len()).map(|i| at(*i)).collect();
         *hand = ((*hand as usize + window) % slots) as u32;
-        for (entry, row) in missing.into_iter().zip(chosen) {
-            let token = found[entry - start];
+        let mut given = Vec::new();
+        for (&token, row) in missing.iter().zip(chosen) {
             let old = self.token_of_row[row];
             if old != NONE && self.row_of_token[old as usize] == row as u32 {
                 self.row_of_token[old as usize] = NONE;
             }
             self.token_of_row[row] = token;
             self.row_of_token[token as usize] = row as u32;
-            self.used[row] = tick;
-            list[entry] = row as u32;
-            fetch.push(((sequence, head, token as usize - first_token), row as u32));
+            self.used[row] = tick - ahead;
+            given.push((token, row as u32));
         }
+        given
     }
 }
 

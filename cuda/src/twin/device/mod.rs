@@ -12,6 +12,6 @@ mod sweep;
 pub use cache::{HostCache, Resolved, WarmRow, encode};
 pub use decode::{HostKv, HostSpans, TileRows, decode_lists};
 pub use rows::{NOWHERE, append_rows, fetch_units};
-pub use scan::{HostSketches, match_scan, page_scores, page_tail, select_topk, sketch_scores};
+pub use scan::{HostSketches, match_scan, page_scores};
 pub use states::merge_parts;
 pub use sweep::{HostRotation, HostValues, TokenScoresF64, select_units, tail, token_scores};

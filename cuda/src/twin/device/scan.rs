@@ -1,9 +1,8 @@
-//! Twins of the device scans of one item: `page_scores`, `sketch_scores`, `select_topk`, `page_tail`, `match_scan`.
+//! Twins of the device scans of one item: scores of pages, what they share with those of tokens, the nearest query.
 //!
 //! Scores here lie as [group, units]; the device's tiles are an order of the same numbers.
 
 use crate::KvElem;
-use crate::twin::StateF64;
 
 /// Scores [group, pages] of an item's pages, `q.mean_key * scale + ln count`, and their log-sum-exp `[group]`. `q` is
 /// [group, head_dim], `keys` [pages, head_dim], `log_count` `[pages]` with -inf for no page.
@@ -65,34 +64,8 @@ impl HostSketches<'_> {
     }
 }
 
-/// Scores [group, 16 pages] of an item's tokens, `base + key_scale * q.level`, where `base` [group, pages] is the page's score
-/// without its count and relative to `lse`. `q` is [group, head_dim], rotated and scaled.
-pub fn sketch_scores(q: &[half::f16], sketches: &HostSketches<'_>, base: &[f64]) -> Vec<f64> {
-    let pages = sketches.masks.len();
-    let group = base.len().checked_div(pages).unwrap_or(0);
-    let d = q.len().checked_div(group).unwrap_or(0);
-    let mut scores = vec![f64::NEG_INFINITY; group * pages * 16];
-    for head in 0..group {
-        for token in (0..pages * 16).filter(|t| sketches.masks[t / 16] >> (t % 16) & 1 == 1) {
-            let page = token / 16;
-            let mut dot = 0.0;
-            for i in 0..d {
-                dot += f64::from(q[head * d + i].to_f32()) * sketches.level(token, i, d);
-            }
-            let scale = f64::from(sketches.scales[token].to_f32());
-            scores[head * pages * 16 + token] = base[head * pages + page] + scale * dot;
-        }
-    }
-    scores
-}
-
 /// Units of the best keys, at most `budget`: `scores` [group, units] f32 less `lse` `[group]`, the largest over the group, in
-/// steps of 1/128 nat from -24 to 8; first those above the last step taken, then those of that step, each by number.
-pub fn select_topk(scores: &[f32], lse: &[f32], budget: usize) -> Vec<u32> {
-    select_by(scores, lse, budget, -24.0)
-}
-
-/// Keys span 32 nats from `low`.
+/// steps of 1/128 nat from `low` up to 32 nats more; first those above the last step taken, then those of that step, each by number.
 pub(super) fn select_by(scores: &[f32], lse: &[f32], budget: usize, low: f32) -> Vec<u32> {
     let units = scores.len().checked_div(lse.len()).unwrap_or(0);
     let mut keys: Vec<(u32, u32)> = (0..units)
@@ -117,27 +90,6 @@ pub(super) fn select_by(scores: &[f32], lse: &[f32], budget: usize, low: f32) ->
     above.into_iter().chain(at).map(|(_, unit)| unit).collect()
 }
 
-/// State of weighted pages: `weights` [group, pages] relative to `lse` `[group]`, `values` [pages, head_dim].
-pub fn page_tail<E: KvElem>(weights: &[f64], lse: &[f64], values: &[E]) -> StateF64 {
-    let pages = weights.len().checked_div(lse.len()).unwrap_or(0);
-    let d = values.len().checked_div(pages).unwrap_or(0);
-    let mut state = StateF64 { out: vec![0.0; lse.len() * d], lse: vec![f64::NEG_INFINITY; lse.len()] };
-    for (head, lse) in lse.iter().enumerate() {
-        let weights = &weights[head * pages..(head + 1) * pages];
-        let sum: f64 = weights.iter().sum();
-        if sum <= 0.0 {
-            continue;
-        }
-        state.lse[head] = lse + sum.ln();
-        for (weight, value) in weights.iter().zip(values.chunks(d)) {
-            for (o, v) in state.out[head * d..(head + 1) * d].iter_mut().zip(value) {
-                *o += weight / sum * f64::from(v.to_f32());
-            }
-        }
-    }
-    state
-}
-
 /// Smallest squared distance of `q` `[dim]` to a query of `ring` [places, dim], and the place; infinite for an empty ring.
 pub fn match_scan(ring: &[f32], q: &[f32]) -> (f64, u32) {
     let mut best = (f64::INFINITY, 0);
@@ -157,9 +109,9 @@ mod tests {
     #[test]
     fn selection_takes_the_best_and_breaks_ties_by_number() {
         let scores = [0.0, -1.0, -1.001, -1.0, f32::NEG_INFINITY, -30.0];
-        assert_eq!(select_topk(&scores, &[0.0], 2), [0, 1]);
-        assert_eq!(select_topk(&scores, &[0.0], 3), [0, 1, 3]);
-        assert_eq!(select_topk(&scores, &[0.0], 9), [0, 1, 2, 3, 5]);
-        assert_eq!(select_topk(&scores, &[0.0], 0), []);
+        assert_eq!(select_by(&scores, &[0.0], 2, -24.0), [0, 1]);
+        assert_eq!(select_by(&scores, &[0.0], 3, -24.0), [0, 1, 3]);
+        assert_eq!(select_by(&scores, &[0.0], 9, -24.0), [0, 1, 2, 3, 5]);
+        assert_eq!(select_by(&scores, &[0.0], 0, -24.0), []);
     }
 }

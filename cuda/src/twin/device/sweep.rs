@@ -139,7 +139,7 @@ pub fn token_scores<E: KvElem>(
     result
 }
 
-/// Units of the best keys, at most `budget`: as [`select_topk`](super::select_topk), keys from -31.5 to 0.5 nats.
+/// Units of the best keys, at most `budget`, as `select_by` ranks them, keys from -31.5 to 0.5 nats.
 pub fn select_units(scores: &[f32], lse: &[f32], budget: usize) -> Vec<u32> {
     select_by(scores, lse, budget, -31.5)
 }

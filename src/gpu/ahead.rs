@@ -1,0 +1,183 @@
+//! Prefetch: behind a step the next best units beyond those that it retrieved are brought into slots, for the layer's next step.
+//!
+//! ```text
+//! stream   step of layer 0 ─> step of layer 1 ─> ...                      ─> step of layer 0
+//! lists        └> select ─> resolve ─┐  (scores of the step, other ones for the next layer)  │
+//! rows                               └> fetch ──────────────────────────────────────────────┘
+//! ```
+//! A step leaves its scores, without what it selected, in one of two sets of buffers by the layer's parity; the layer after the
+//! next waits until they were read. A layer's next step waits for its rows, so that a slot is never attended before it is filled, and
+//! what is hot never changes a result.
+
+use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
+use floe_cuda::ops::cache::{
+    Ahead, BatchEntry, FetchList, FetchPace, FoundUnit, SequencePlace, Tables, fetch_listed, resolve_ahead,
+};
+use floe_cuda::ops::{DeviceElem, Spans};
+
+use super::chain::ChainShape;
+use super::clock::{Clock, Stage};
+use super::engine::GpuEngine;
+use super::layer::LayerMemory;
+use super::options::Plan;
+use crate::error::Error;
+
+/// Streams of all layers.
+#[derive(Debug)]
+pub(super) struct AheadStreams {
+    lists: Stream,
+    rows: Stream,
+    /// The scores of layers of this parity, and the step's tables, have been read.
+    pub(super) read: [Event; 2],
+}
+
+impl AheadStreams {
+    pub(super) fn new(device: &Device) -> Result<Self, DeviceError> {
+        let (lists, rows) = (Stream::new(device)?, Stream::new(device)?);
+        Ok(Self { lists, rows, read: [Event::new(device)?, Event::new(device)?] })
+    }
+
+    /// `stream` goes on when no list is being made.
+    pub(super) fn wait_for_lists(&self, stream: &Stream) -> Result<(), DeviceError> {
+        self.read.iter().try_for_each(|read| stream.wait(read))
+    }
+}
+
+/// What is on its way for one layer.
+#[derive(Debug)]
+pub(super) struct AheadMemory {
+    from: DeviceBuffer<u64>,
+    to: DeviceBuffer<u32>,
+    /// Zero at the start of a step.
+    pub(super) num: DeviceBuffer<u32>,
+    /// The step is done; its rows are listed; they are there.
+    ready: Event,
+    listed: Event,
+    pub(super) done: Event,
+}
+
+impl AheadMemory {
+    /// For steps of at most `items` items.
+    pub(super) fn new(device: &Device, plan: &Plan, items: usize) -> Result<Self, DeviceError> {
+        Ok(Self {
+            from: DeviceBuffer::zeros(device, items * plan.prefetch)?,
+            to: DeviceBuffer::zeros(device, items * plan.prefetch)?,
+            num: DeviceBuffer::zeros(device, 1)?,
+            ready: Event::new(device)?,
+            listed: Event::new(device)?,
+            done: Event::new(device)?,
+        })
+    }
+}
+
+/// The next best units of a step, by item.
+#[derive(Debug)]
+pub(super) struct AheadList {
+    pub(super) first: DeviceBuffer<u32>,
+    pub(super) end: DeviceBuffer<u32>,
+    pub(super) list: DeviceBuffer<u32>,
+}
+
+impl AheadList {
+    pub(super) fn new(device: &Device, items: usize, units: usize) -> Result<Self, DeviceError> {
+        let firsts: Vec<u32> = (0..items).map(|item| (item * units) as u32).collect();
+        Ok(Self {
+            first: DeviceBuffer::from_slice(device, &firsts)?,
+            end: DeviceBuffer::zeros(device, items)?,
+            list: DeviceBuffer::zeros(device, items * units)?,
+        })
+    }
+}
+
+/// The step that is followed: its entries, all sequences, and the parity of its layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Followed<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) batch: DevRef<'a, BatchEntry>,
+    pub(super) sequences: DevRef<'a, SequencePlace>,
+    pub(super) parity: usize,
+}
+
+impl AheadStreams {
+    /// The stream on which the next units of a step are listed, which goes on behind what is queued on `stream`.
+    pub(super) fn follow<E>(&self, stream: &Stream, layer: &LayerMemory<E>) -> Result<&Stream, DeviceError> {
+        if let Some(memory) = &layer.ahead {
+            memory.ready.record(stream)?;
+            self.lists.wait(&memory.ready)?;
+        }
+        Ok(&self.lists)
+    }
+
+    /// Brings in what `units` lists, for a layer's next step.
+    pub(super) fn fetch<E: DeviceElem>(
+        &self,
+        units: &AheadList,
+        step: &Followed<'_>,
+        (layer, clock): (&mut LayerMemory<E>, &mut Clock),
+    ) -> Result<(), DeviceError> {
+        let LayerMemory { kv, chunks, slots, ahead: Some(memory), .. } = layer else { return Ok(()) };
+        let Followed { plan, batch, sequences, parity } = *step;
+        let tables = Tables { shape: plan.shape, batch, sequences, chunks: chunks.view() };
+        let ahead = Ahead {
+            spans: Spans { first: units.first.view(), end: units.end.view() },
+            found: units.list.view(),
+            unit: if plan.by_token() { FoundUnit::Tokens } else { FoundUnit::Pages },
+            most: plan.prefetch,
+        };
+        let rows = tables.items() * plan.prefetch;
+        let mut fetch = FetchList {
+            from: memory.from.view_mut().slice(0..rows)?,
+            to: memory.to.view_mut().slice(0..rows)?,
+            num: memory.num.view_mut(),
+        };
+        let work = || resolve_ahead::<E>(&self.lists, &tables, ahead, slots.write(), &mut fetch);
+        clock.time(Stage::Ahead, &self.lists, work)?;
+        memory.listed.record(&self.lists)?;
+        self.read[parity].record(&self.lists)?;
+        self.rows.wait(&memory.listed)?;
+        let work =
+            || fetch_listed(&self.rows, plan.shape.head_dim, (&fetch, FetchPace::Beside), kv.view_mut());
+        clock.time(Stage::Prefetch, &self.rows, work)?;
+        memory.done.record(&self.rows)
+    }
+}
+
+impl<E: DeviceElem> GpuEngine<E> {
+    /// A sparse step waits for the rows that were prefetched for it, and until what it overwrites has been read.
+    pub(super) fn before_step(&self, layer: usize, shape: ChainShape, stream: &Stream) -> Result<(), Error> {
+        if let (Some(ahead), Some(memory), false) = (&self.ahead, &self.layers[layer].ahead, shape.exact) {
+            stream.wait(&memory.done)?;
+            stream.wait(&ahead.read[shape.parity])?;
+        }
+        Ok(())
+    }
+
+    /// Prefetches behind a sparse step.
+    pub(super) fn queue_ahead(
+        &mut self,
+        layer: usize,
+        shape: ChainShape,
+        stream: &Stream,
+    ) -> Result<(), Error> {
+        let (Some(ahead), Some(chain), false) = (&self.ahead, self.chains.get_mut(&shape), shape.exact)
+        else {
+            return Ok(());
+        };
+        let (plan, memory) = (&self.plan, &mut self.layers[layer]);
+        let batch = self.batch.view().slice(0..shape.entries).map_err(DeviceError::from)?;
+        let step = Followed { plan, batch, sequences: self.sequences.view(), parity: shape.parity };
+        let lists = ahead.follow(stream, memory)?;
+        let Some(units) = chain.select_ahead(lists, (plan, &mut self.shared), &memory.pages)? else {
+            return Ok(());
+        };
+        Ok(ahead.fetch(units, &step, (memory, &mut self.shared.clock))?)
+    }
+
+    /// `stream` goes on when nothing is on its way for a later step.
+    pub(super) fn settle(&self, stream: &Stream) -> Result<(), Error> {
+        for memory in self.layers.iter().filter_map(|memory| memory.ahead.as_ref()) {
+            stream.wait(&memory.done)?;
+        }
+        Ok(())
+    }
+}
