@@ -72,11 +72,6 @@ pub(super) struct Shared {
     pub(super) clock: Clock,
 }
 
-/// A stream that steps are recorded on, or a side of it: where something is prefetched, a step goes first.
-pub(super) fn recording_stream(device: &Device, plan: &Plan) -> Result<Stream, DeviceError> {
-    if plan.prefetch > 0 { Stream::urgent(device) } else { Stream::new(device) }
-}
-
 /// Scores of a step.
 #[derive(Debug)]
 struct Scores {
@@ -99,7 +94,7 @@ impl Shared {
         Ok(Self {
             scores: (0..if plan.prefetch > 0 { 2 } else { 1 }).map(|_| scores()).collect::<Result<_, _>>()?,
             signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
-            sides: [recording_stream(device, plan)?, recording_stream(device, plan)?],
+            sides: [Stream::new(device)?, Stream::new(device)?],
             forks: [Event::new(device)?, Event::new(device)?],
             joins: [Event::new(device)?, Event::new(device)?],
             clock: Clock::new(device),

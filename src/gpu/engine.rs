@@ -10,7 +10,7 @@ use floe_cuda::ops::cache::{
 };
 
 use super::ahead::AheadStreams;
-use super::chain::{Chain, ChainShape, Shared, StepIo, recording_stream};
+use super::chain::{Chain, ChainShape, Shared, StepIo};
 use super::cost::{CostModel, Load};
 use super::host::HostPool;
 use super::host_io::HostIo;
@@ -479,7 +479,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             }
             Some(_) => {
                 // The capture needs a stream of its own: that of the host engine may be the default one.
-                let own = recording_stream(&self.device, plan)?;
+                // What the step waits for goes before the tail and what is fetched for later.
+                let own = Stream::urgent(&self.device)?;
                 let record = || chain.queue(&own, (plan, shared), tables, memory, io);
                 let graph = Graph::capture::<DeviceError>(&own, record)?;
                 graph.launch(stream)?;
