@@ -99,7 +99,7 @@ fn pages_listed_by_the_host_answer_nearly_as_those_chosen_on_the_device() {
         );
         // Sixteen of some forty super-nodes are opened, for the query of the step before; super-nodes have no sketch. The CPU's search
         // of half of them errs 1.6 times as much with a sketch and 1.04 times without.
-        assert!(host.error < device.error * 3.0 + 0.02, "{policy}: {} against {}", host.error, device.error);
+        assert!(host.error < device.error * 3.0 + 0.05, "{policy}: {} against {}", host.error, device.error);
         assert!(host.exact == 0 && host.retrieved.iter().all(|tokens| !tokens.is_empty()), "{policy}");
     }
 }
