@@ -21,7 +21,9 @@ struct SequencePlace {
     uint32_t pages;      // first page, a multiple of 16
     uint32_t pages_each; // pages of a kv head, a multiple of 16
     uint32_t slots;      // slots of a kv head, or DENSE
-    uint32_t unused[3];
+    uint32_t tokens;      // word of the first token in lists of tokens and tables by token
+    uint32_t tokens_each; // words of a kv head; 0: 16 for each page, from the first page's on
+    uint32_t unused;
 };
 
 // Mirrored by `ops::cache::BatchEntry`.
@@ -71,6 +73,11 @@ __device__ __forceinline__ uint32_t row_of(const Cache &c, const SequencePlace &
 // Whether `row_of` of a token belongs to it once `tokens` are stored.
 __device__ __forceinline__ bool in_place(const Cache &c, const SequencePlace &s, uint32_t token, uint32_t tokens) {
     return s.slots == DENSE || token < c.sinks || token + c.ring >= tokens;
+}
+
+// Word of a kv head's first token in lists of tokens and tables by token.
+__device__ __forceinline__ uint32_t token_base(const SequencePlace &s, uint32_t head) {
+    return s.tokens_each ? s.tokens + head * s.tokens_each : (s.pages + head * s.pages_each) * 16;
 }
 
 // Row of a token in host memory.

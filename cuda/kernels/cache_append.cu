@@ -54,6 +54,7 @@ __device__ __forceinline__ bool in_doubt(const AppendStepParams &p, uint32_t kv_
     const uint2 known = p.spread_sums[kv_head];
     const bool whole = known.x <= num;
     float more = 0;
+#pragma unroll 8
     for (uint32_t i = skip + (whole ? known.x : 0) + threadIdx.x; i < pages; i += blockDim.x) more += p.spread[first_page + i];
     const float sum = (whole ? __uint_as_float(known.y) : 0) + block_sum(more);
     if (threadIdx.x == 0) p.spread_sums[kv_head] = {num, __float_as_uint(sum)};

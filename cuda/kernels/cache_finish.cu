@@ -3,7 +3,7 @@
 
 namespace floe {
 
-constexpr int FINISH_PARTS_MAX = 3;
+constexpr int FINISH_PARTS_MAX = 4;
 
 // Mirrored by `ops::cache::finish::FinishParams`.
 struct FinishParams {

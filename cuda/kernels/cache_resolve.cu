@@ -55,7 +55,8 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
     }
     const SequencePlace s = c.sequences[e.sequence];
     const uint32_t base = s.rows + head * s.rows_each, slots_at = base + c.sinks + c.ring;
-    const uint32_t sinks = min(c.sinks, e.tokens), newest = max(min(published(c, e.tokens), s.pages_each) * 16, sinks);
+    const uint32_t full = published(c, e.tokens), sinks = min(c.sinks, e.tokens);
+    const uint32_t newest = max((s.tokens_each ? full : min(full, s.pages_each)) * 16, sinks);
     const uint32_t fixed = p.ahead ? 0 : min(sinks + e.tokens - newest, p.list_each);
     const uint32_t tick = e.tick - p.ahead;
     for (uint32_t i = tid; i < fixed; i += RESOLVE_THREADS)
@@ -63,7 +64,7 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
 
     const uint32_t first = p.found_first[item];
     const uint32_t found = min(min((p.found_end[item] - first) << p.unit_shift, p.retrieved), p.ahead ? ~0u : p.list_each - fixed);
-    const uint32_t token_base = (s.pages + head * s.pages_each) * 16;
+    const uint32_t token_base = floe::token_base(s, head);
     if (s.slots == DENSE) {
         if (p.ahead) return;
         for (uint32_t i = tid; i < found; i += RESOLVE_THREADS) p.list[list + fixed + i] = base + token_at(p, first, i) - token_base;

@@ -69,7 +69,7 @@ template <typename E, int D> __device__ __forceinline__ void tree_page(const Tre
 #pragma unroll
         for (int l = 0; l < LINES; l++) shared.rows[0][token][32 * l + lane] = shared.rows[1][token][32 * l + lane] = 0;
     }
-    if (lane == 0) p.tokens[uint64_t(at) * 16 + token] = lives ? (s.pages + head * s.pages_each) * 16 + position : NONE;
+    if (lane == 0) p.tokens[uint64_t(at) * 16 + token] = lives ? token_base(s, head) + position : NONE;
     write_page<E, D>(p.out, shared, at, listed.live, true);
 }
 

@@ -223,8 +223,16 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
             return;
         }
         if (place + tokens > room) return;
-        uint32_t left = p.masks[page];
-        for (; left; left &= left - 1) list[place++] = p.ids[page * 16 + __ffs(left) - 1];
+        // All under way before the first is stored.
+        const uint32_t live = p.masks[page];
+        uint4 ids[4];
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) ids[i] = reinterpret_cast<const uint4 *>(p.ids)[page * 4 + i];
+#pragma unroll
+        for (uint32_t t = 0; t < 16; t++) {
+            const uint32_t id = t % 4 == 0 ? ids[t / 4].x : t % 4 == 1 ? ids[t / 4].y : t % 4 == 2 ? ids[t / 4].z : ids[t / 4].w;
+            if (live >> t & 1) list[place++] = id;
+        }
         for (uint32_t g = 0; g < p.group; g++) p.scores[score_at(page / 16, p.group, g, page % 16)] = -INFINITY;
     };
     if constexpr (!TOKENS) {

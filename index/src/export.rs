@@ -167,6 +167,12 @@ impl<'a> PageView<'a> {
         &self.pages.entry_of
     }
 
+    /// Super-node of a page that holds tokens; it changes when the tree splits one, which is no change of the page.
+    #[must_use]
+    pub fn super_node_of(&self, page: usize) -> usize {
+        self.pages.entry_of[page] as usize / crate::blocks::LANES
+    }
+
     /// Summaries of all pages, by entry.
     #[must_use]
     pub fn summaries(&self) -> SummarySlices<'a> {

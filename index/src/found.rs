@@ -31,6 +31,11 @@ pub struct Found {
 }
 
 impl Found {
+    /// Super-nodes whose pages were ranked, rising.
+    pub fn opened(&self) -> impl Iterator<Item = usize> {
+        self.frontier.parts.iter().filter(|part| part.level == 0).map(|part| part.block as usize)
+    }
+
     /// Tokens that are represented by summaries: neither selected nor excluded.
     pub fn tail_tokens(&self) -> usize {
         self.frontier.rest.iter().map(|&r| r as usize).sum()

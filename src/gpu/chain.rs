@@ -31,6 +31,7 @@ use super::ahead::AheadList;
 use super::clock::{Clock, Stage};
 use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
+use super::standing::{NodeMemory, Standing};
 
 /// Shape of a chain: every number a power of two, so that few chains serve all steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -168,7 +169,13 @@ struct Sparse {
     tail: State,
     whole: Option<Whole>,
     ahead: Option<AheadList>,
+    /// Where the host chooses pages.
+    nodes: Option<Standing>,
 }
+
+/// Layer memory that a sparse step works on.
+type LayerParts<'a, E> =
+    (&'a mut DeviceBuffer<E>, &'a mut PageMemory<E>, &'a mut SlotMemory, &'a mut NodeMemory<E>);
 
 /// Attention over all tokens of the items that are in doubt.
 #[derive(Debug)]
@@ -179,32 +186,39 @@ struct Whole {
     warm: DeviceBuffer<u64>,
 }
 
+/// A state for each query head.
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     out: DeviceBuffer<f32>,
     lse: DeviceBuffer<f32>,
 }
 
 impl State {
-    fn new(device: &Device, heads: usize, dim: usize) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &Device, heads: usize, dim: usize) -> Result<Self, DeviceError> {
         Ok(Self {
             out: DeviceBuffer::zeros(device, heads * dim)?,
             lse: DeviceBuffer::from_slice(device, &vec![f32::NEG_INFINITY; heads])?,
         })
     }
 
-    fn write(&mut self) -> DevState<'_> {
+    pub(super) fn write(&mut self) -> DevState<'_> {
         DevState { out: self.out.view_mut(), lse: self.lse.view_mut() }
     }
 
-    fn read(&self) -> (DevRef<'_, f32>, DevRef<'_, f32>) {
+    pub(super) fn read(&self) -> (DevRef<'_, f32>, DevRef<'_, f32>) {
         (self.out.view(), self.lse.view())
     }
 }
 
 impl Sparse {
-    fn new(device: &Device, plan: &Plan, shape: ChainShape, num_pages: usize) -> Result<Self, DeviceError> {
+    fn new(
+        device: &Device,
+        plan: &Plan,
+        options: &GpuOptions,
+        shape: ChainShape,
+    ) -> Result<Self, DeviceError> {
         let cache = plan.shape;
+        let num_pages = options.page_tokens / 16;
         let items = shape.entries * cache.heads;
         let units = plan.units();
         let list_each = cache.fixed_max() + plan.retrieved;
@@ -244,11 +258,30 @@ impl Sparse {
             ahead: (plan.prefetch > 0)
                 .then(|| AheadList::new(device, items, plan.prefetch_units()))
                 .transpose()?,
+            nodes: plan.listed.map(|_| Standing::new(device, plan, options, shape.entries)).transpose()?,
         })
     }
 }
 
 impl<E: DeviceElem> Chain<E> {
+    /// The queries of the step, [items, group, head_dim].
+    pub(super) fn queries(&self) -> DevRef<'_, E> {
+        self.q.view()
+    }
+
+    /// Says whose super-nodes the entries have, where the host chooses pages; entries of nobody have none.
+    pub(super) fn enter(
+        &mut self,
+        (plan, each): (&Plan, usize),
+        sequences: &[u32],
+        stream: &Stream,
+    ) -> Result<(), DeviceError> {
+        let Some(nodes) = self.sparse.as_mut().and_then(|sparse| sparse.nodes.as_mut()) else {
+            return Ok(());
+        };
+        nodes.enter(plan.shape.heads, each, sequences, stream)
+    }
+
     pub(super) fn new(
         device: &Device,
         plan: &Plan,
@@ -264,7 +297,7 @@ impl<E: DeviceElem> Chain<E> {
         let exact = || -> Result<_, DeviceError> {
             Ok((DecodePlan::new(device, exact)?, State::new(device, heads, cache.head_dim)?))
         };
-        let sparse = || Sparse::new(device, plan, shape, options.page_tokens / 16);
+        let sparse = || Sparse::new(device, plan, options, shape);
         Ok(Self {
             q: DeviceBuffer::zeros(device, heads * cache.head_dim)?,
             ranges: [words()?, words()?, words()?, words()?],
@@ -287,7 +320,7 @@ impl<E: DeviceElem> Chain<E> {
         layer: &mut LayerMemory<E>,
         io: &StepIo,
     ) -> Result<(), DeviceError> {
-        let LayerMemory { kv, chunks, pages, slots, doubt, ahead } = layer;
+        let LayerMemory { kv, chunks, pages, slots, doubt, ahead, nodes } = layer;
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
@@ -330,7 +363,7 @@ impl<E: DeviceElem> Chain<E> {
             shared.clock.time(Stage::Attend, stream, work)?;
         }
         if self.sparse.is_some() {
-            self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots), params)?;
+            self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots, nodes), params)?;
         }
         if let Some((_, state)) = &self.exact {
             let work = || finish(stream, tables, &[state.read()], &io.out, FinishStart::Early);
@@ -342,6 +375,7 @@ impl<E: DeviceElem> Chain<E> {
         if plan.tail && plan.tail_place == TailPlace::Beside {
             parts.push(sparse.tail.read());
         }
+        parts.extend(sparse.nodes.as_ref().map(|nodes| nodes.state.read()));
         parts.extend(sparse.whole.as_ref().map(|whole| whole.state.read()));
         let work = || finish(stream, tables, &parts, &io.out, FinishStart::AfterAll);
         shared.clock.time(Stage::Finish, stream, work)
@@ -352,7 +386,7 @@ impl<E: DeviceElem> Chain<E> {
         stream: &Stream,
         (plan, shared): (&Plan, &mut Shared),
         tables: &Tables<'_>,
-        (kv, memory, slots): (&mut DeviceBuffer<E>, &mut PageMemory<E>, &mut SlotMemory),
+        (kv, memory, slots, of_nodes): LayerParts<'_, E>,
         params: AttendParams,
     ) -> Result<(), DeviceError> {
         let Some(sparse) = &mut self.sparse else { return Ok(()) };
@@ -364,6 +398,11 @@ impl<E: DeviceElem> Chain<E> {
             let built = memory.write(shared.signs.as_ref());
             let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
             shared.clock.time(Stage::Pages, side, work)?;
+        }
+        if let Some(standing) = sparse.nodes.as_mut().filter(|_| plan.tail) {
+            let query = (self.q.view(), params.scale);
+            let work = || standing.queue(side, query, of_nodes);
+            shared.clock.time(Stage::Tail, side, work)?;
         }
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };

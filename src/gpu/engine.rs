@@ -73,7 +73,7 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) trees: Option<Trees>,
     pub(super) batch: DeviceBuffer<BatchEntry>,
     /// What the device holds in `batch`.
-    uploaded: Vec<BatchEntry>,
+    pub(super) uploaded: Vec<BatchEntry>,
     pub(super) sequences: DeviceBuffer<SequencePlace>,
     pub(super) host: HostPool,
     pub(super) places: Places,
@@ -242,8 +242,12 @@ impl<E: DeviceElem> GpuEngine<E> {
             StepIo { q: step.q, k: step.k_new, v: step.v_new, out: step.out, scale: step.scale.to_bits() };
         let padded = pad(&io, shape.entries);
         self.before_step(layer, shape, stream)?;
+        self.enter_nodes(&shape, stream)?;
         self.run(layer, shape, &padded, stream)?;
         self.queue_ahead(layer, shape, stream)?;
+        if !exact {
+            self.ask_trees((step.sequences, layer), (&shape, step.scale), stream)?;
+        }
         self.layers[layer].doubt.warn(layer);
         for seq in step.sequences {
             let window = self.plan.shape.window;
@@ -285,8 +289,8 @@ impl<E: DeviceElem> GpuEngine<E> {
         for memory in &mut self.layers {
             // Slots of what is forgotten may be asked for again with other contents.
             for head in 0..shape.heads {
-                let tokens = (place.pages as usize + head * place.pages_each as usize) * 16;
-                let end = tokens + place.pages_each as usize * 16;
+                let tokens = place.tokens as usize + head * place.tokens_each as usize;
+                let end = tokens + place.tokens_each as usize;
                 let from = (tokens + num_tokens).min(end);
                 memory.slots.row_of_token.fill_range(from..end, 0xff, stream)?;
             }

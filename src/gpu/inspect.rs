@@ -98,7 +98,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             rows_fetched: fetched,
             bytes_fetched: fetched * row_bytes,
             bytes_prefetched: ahead * row_bytes,
-            rule: self.cost.to_string(),
+            rule: self.cost.to_string() + &self.plan.placement(),
             tree: self.trees.as_ref().map(|trees| trees.report),
         })
     }
@@ -156,7 +156,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         for item in 0..sequences.len() * shape.heads {
             let open = self.places.get(sequences[item / shape.heads])?;
             let place = open.place;
-            let first = (place.pages + (item % shape.heads) as u32 * place.pages_each) * 16;
+            let first = place.tokens + (item % shape.heads) as u32 * place.tokens_each;
             let mut retrieved: Vec<u32> = match read.found.get(item) {
                 Some(units) if self.plan.lists_tokens() => units.iter().map(|unit| unit - first).collect(),
                 Some(units) => {

@@ -10,6 +10,7 @@ use half::f16;
 
 use super::ahead::AheadMemory;
 use super::options::{GpuOptions, Plan};
+use super::standing::NodeMemory;
 
 /// Rows, summaries and slots of one layer, all sequences together.
 #[derive(Debug)]
@@ -23,6 +24,8 @@ pub(super) struct LayerMemory<E> {
     pub(super) doubt: DoubtMemory,
     /// Rows on their way for the next step, where steps prefetch.
     pub(super) ahead: Option<AheadMemory>,
+    /// Where the host chooses the pages.
+    pub(super) nodes: NodeMemory<E>,
 }
 
 /// Summaries and sketches of the pages.
@@ -131,7 +134,7 @@ impl<E: DeviceElem> LayerMemory<E> {
                 )?,
             },
             slots: SlotMemory {
-                row_of_token: DeviceBuffer::zeros(device, pages * 16)?,
+                row_of_token: DeviceBuffer::zeros(device, plan.token_words(options, pages))?,
                 token_of_row: DeviceBuffer::zeros(device, rows)?,
                 used: DeviceBuffer::zeros(device, rows)?,
                 hand: DeviceBuffer::zeros(device, options.max_sequences * heads)?,
@@ -139,6 +142,7 @@ impl<E: DeviceElem> LayerMemory<E> {
             },
             doubt: DoubtMemory::new(device, options.max_sequences * heads)?,
             ahead: (plan.prefetch > 0).then(ahead).transpose()?,
+            nodes: NodeMemory::new(device, plan.nodes(options), dim)?,
         };
         let stream = Stream::new(device)?;
         memory.slots.row_of_token.fill_bytes(0xff, &stream)?;
@@ -161,7 +165,9 @@ impl<E: DeviceElem> LayerMemory<E> {
             &slots.used,
             &slots.hand,
         ];
-        let beside = means * size_of::<E>()
+        let nodes = self.nodes.mean_keys.view().len() + self.nodes.mean_values.view().len();
+        let beside = (means + nodes) * size_of::<E>()
+            + self.nodes.log_count.view().len() * 8
             + words.map(|words| words.view().len() * 4).iter().sum::<usize>()
             + (pages.log_count.view().len() + pages.spread.view().len()) * 4
             + self.chunks.view().len() * 8
@@ -245,7 +251,7 @@ impl SlotMemory {
         heads: usize,
         stream: &Stream,
     ) -> Result<(), DeviceError> {
-        let (first, each) = (place.pages as usize * 16, place.pages_each as usize * 16);
+        let (first, each) = (place.tokens as usize, place.tokens_each as usize);
         let rows = place.rows as usize..place.rows as usize + place.rows_each as usize * heads;
         self.row_of_token.fill_range(first..first + each * heads, 0xff, stream)?;
         self.token_of_row.fill_range(rows.clone(), 0xff, stream)?;

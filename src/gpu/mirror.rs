@@ -14,6 +14,9 @@ use floe_cuda::ops::cache::TreePage;
 use floe_index::KeyId;
 use floe_index::export::{Changes, Epoch, PageView};
 
+/// Of a page that is not on the device.
+const NONE: u32 = u32::MAX;
+
 /// The pages that the device has do not suffice: the tree has to be built anew, densely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Full;
@@ -23,8 +26,8 @@ pub(super) struct Full;
 pub(super) struct Mirror {
     head: u32,
     room: u32,
-    /// Device page of a page of the tree.
-    of_page: BTreeMap<u32, u32>,
+    /// Device page of each page of the tree, or [`NONE`].
+    of_page: Vec<u32>,
     /// Device page of a token without a page.
     of_young: BTreeMap<KeyId, u32>,
     /// Pages below `used` that stand for nothing.
@@ -40,7 +43,7 @@ impl Mirror {
         Self {
             head: head as u32,
             room: room as u32,
-            of_page: BTreeMap::new(),
+            of_page: Vec::new(),
             of_young: BTreeMap::new(),
             free: BTreeSet::new(),
             used: 0,
@@ -61,10 +64,16 @@ impl Mirror {
         self.seen = None;
     }
 
-    /// Appends the pages that differ from what was last appended, none twice, in rising order. After an error the mirror has to be
-    /// restarted.
-    pub(super) fn follow(&mut self, tree: PageView<'_>, to: &mut Vec<TreePage>) -> Result<(), Full> {
+    /// Appends the pages that differ from what was last appended, none twice, in rising order. With `opened`, by super-node, only pages
+    /// of those are there. After an error the mirror has to be restarted.
+    pub(super) fn follow(
+        &mut self,
+        tree: PageView<'_>,
+        opened: Option<&[bool]>,
+        to: &mut Vec<TreePage>,
+    ) -> Result<(), Full> {
         let mut dirty: BTreeMap<u32, TreePage> = BTreeMap::new();
+        self.of_page.resize(self.of_page.len().max(tree.num_pages()), NONE);
         let changed: BTreeSet<u32> = match self.seen.map(|epoch| tree.changes(epoch)) {
             Some(Changes::Pages(pages)) => pages.iter().copied().collect(),
             _ => {
@@ -73,21 +82,43 @@ impl Mirror {
                 (0..tree.num_pages() as u32).collect()
             }
         };
+        let live = |page: u32| match opened {
+            Some(opened) if tree.live()[page as usize] != 0 => {
+                let node = tree.super_node_of(page as usize);
+                if opened.get(node).copied().unwrap_or(false) {
+                    u32::from(tree.live()[page as usize])
+                } else {
+                    0
+                }
+            }
+            _ => u32::from(tree.live()[page as usize]),
+        };
+        let changed = match opened {
+            None => changed,
+            Some(_) => {
+                // Pages that came into sight or went out of it.
+                let all = 0..tree.num_pages() as u32;
+                let other = |page: &u32| (live(*page) != 0) != (self.of_page[*page as usize] != NONE);
+                all.filter(|page| changed.contains(page) || other(page)).collect()
+            }
+        };
         let young: BTreeSet<KeyId> = tree.young().iter().copied().collect();
         let left = self.of_young.extract_if(.., |id, _| !young.contains(id)).map(|(_, page)| page);
         let mut freed: Vec<u32> = left.collect();
-        let live = |page: u32| u32::from(tree.live()[page as usize]);
-        freed.extend(changed.iter().filter(|&&p| live(p) == 0).filter_map(|p| self.of_page.remove(p)));
+        for &page in changed.iter().filter(|&&page| live(page) == 0) {
+            let at = std::mem::replace(&mut self.of_page[page as usize], NONE);
+            freed.extend((at != NONE).then_some(at));
+        }
         for page in freed {
             self.free.insert(page);
             dirty.insert(page, self.page(page, 0, &[]));
         }
         for &page in changed.iter().filter(|&&page| live(page) != 0) {
-            let at = match self.of_page.get(&page) {
-                Some(&at) => at,
-                None => self.take()?,
+            let at = match self.of_page[page as usize] {
+                NONE => self.take()?,
+                at => at,
             };
-            self.of_page.insert(page, at);
+            self.of_page[page as usize] = at;
             let ids = &tree.ids()[page as usize * 16..][..16];
             dirty.insert(at, self.page(at, live(page), ids));
         }
@@ -180,7 +211,7 @@ mod tests {
             (Dci::new(DIM).unwrap(), Mirror::new(3, 4096), Held::default());
         let mut step = |index: &Dci, mirror: &mut Mirror, end: u32| {
             let mut pages = Vec::new();
-            mirror.follow(index.pages().unwrap(), &mut pages).unwrap();
+            mirror.follow(index.pages().unwrap(), None, &mut pages).unwrap();
             assert!(pages.iter().all(|page| page.head == 3 && page.unused == 0));
             held.apply(&pages);
             assert_eq!(held.tokens(mirror.used()), (16..end).collect::<Vec<_>>());
@@ -212,15 +243,15 @@ mod tests {
         let mut index = Dci::new(DIM).unwrap();
         insert(&mut index, 0..320);
         let (mut mirror, mut held, mut pages) = (Mirror::new(0, 40), Held::default(), Vec::new());
-        mirror.follow(index.pages().unwrap(), &mut pages).unwrap();
+        mirror.follow(index.pages().unwrap(), None, &mut pages).unwrap();
         held.apply(&pages);
         insert(&mut index, 320..400);
-        assert_eq!(mirror.follow(index.pages().unwrap(), &mut Vec::new()), Err(Full));
+        assert_eq!(mirror.follow(index.pages().unwrap(), None, &mut Vec::new()), Err(Full));
         let mut dense = Dci::new(DIM).unwrap();
         insert(&mut dense, 0..400);
         mirror.restart();
         pages.clear();
-        mirror.follow(dense.pages().unwrap(), &mut pages).unwrap();
+        mirror.follow(dense.pages().unwrap(), None, &mut pages).unwrap();
         held.apply(&pages);
         assert_eq!(held.tokens(mirror.used()), (0..400).collect::<Vec<_>>());
     }

@@ -11,6 +11,9 @@
 //! attend without the host: lengths, places and lists lie in device memory, so a step is recorded once for a shape (a power of
 //! two of entries and pages, the same tensors) and replayed from then on. Sequences join and leave between steps.
 //!
+//! With the policy `floe` pages are those of trees on the host, one a kv head, which threads build ([`GpuEngine::index`]) and extend;
+//! the device hears which tokens each page holds and builds it from their rows.
+//!
 //! # What is computed
 //! Sinks and the newest `window` to `window + 15` tokens are attended exactly, and so are the best tokens (by one-bit key sketches) or
 //! pages (by mean keys) among consecutive pages of 16; page means stand for the rest. It is what the policy `pagemean` does on
@@ -46,12 +49,14 @@ mod host_io;
 mod inspect;
 mod layer;
 mod mirror;
+mod nodes;
 mod options;
 mod persist;
 mod places;
 mod profile;
 mod report;
 mod runs;
+mod standing;
 mod tree;
 mod trees;
 
@@ -62,7 +67,7 @@ pub use floe_cuda::device::{Device, DeviceError, Event, Stream};
 pub use floe_cuda::ops::DeviceElem;
 pub use floe_cuda::ops::cache::{DeviceTensor, TensorType};
 pub use host_io::HostLayerStep;
-pub use options::{GpuOptions, Prefer, Submit, TailPlace};
+pub use options::{GpuOptions, Placement, Prefer, Submit, TailPlace};
 pub use profile::{
     DeviceProfilePlan, DeviceProfileRow, StageRow, device_profile, device_profile_html, device_profile_table,
     overlap_table, step_overlap,

@@ -4,6 +4,7 @@ use floe_cuda::ops::cache::{CacheShape, RETRIEVED_MAX};
 use floe_index::export::young_max;
 use floe_index::{Tail, Unit};
 
+use super::places::capacity_words;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::reuse::ReuseKind;
@@ -29,6 +30,27 @@ pub enum TailPlace {
     /// Behind the fetch; attention runs beside it and joins its state.
     Joined,
 }
+
+/// Where it is chosen which pages of trees a step may select from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Placement {
+    /// On the device where the summaries of all pages fit, else on the host ([`super::GpuReport::rule`] says which it is). At batch 1
+    /// the device's way was 2.6 times faster at 128K tokens and 6 times at 1M where both fit; batches and fewer cores cost the host
+    /// more (bench/README.md, engine on the device).
+    #[default]
+    Auto,
+    /// On the device, which looks at the summaries of all pages.
+    Gpu,
+    /// On the host, which searches the tree for the query of an earlier step: the device holds the pages that it lists and scores them
+    /// with the query of the step; super-nodes stand for all other pages. Not with key sketches unless `max_doubt=inf`: nothing
+    /// could be attended in full.
+    Cpu,
+}
+
+/// Part of the super-nodes whose pages the host lists, where the policy's `open` says nothing.
+const LISTED_PART: f32 = 0.125;
+/// Super-nodes that it may list in any case.
+const LISTED_LEAST: usize = 16;
 
 /// How a step reaches the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,7 +90,9 @@ pub struct GpuOptions {
     /// Tokens of a kv head that are brought into slots behind a sparse step, on streams of their own: the next best beyond those that it
     /// retrieved, for the layer's next step. 0: none. Whole pages where pages are selected.
     pub prefetch: usize,
-    /// Threads that build and extend trees; 0: half of the cores.
+    /// Where pages of trees are chosen.
+    pub placement: Placement,
+    /// Threads that build, extend and search trees; 0: half of the cores.
     pub tree_threads: usize,
 }
 
@@ -94,9 +118,23 @@ impl GpuOptions {
             prefer: Prefer::default(),
             tail: TailPlace::default(),
             submit: Submit::default(),
+            placement: Placement::default(),
             prefetch: 0,
             tree_threads: 0,
         }
+    }
+}
+
+impl GpuOptions {
+    /// The same with the pages of trees chosen on the host, and room on the device for those alone that it lists.
+    ///
+    /// # Errors
+    /// A configuration whose pages the host cannot choose.
+    pub fn chosen_on_host(self, config: &Config) -> Result<Self> {
+        let options = Self { placement: Placement::Cpu, ..self };
+        let plan = Plan::new(config, &options)?;
+        let pages = options.max_sequences * plan.shape.heads * plan.pages_each(options.max_tokens);
+        Ok(Self { page_tokens: pages * PAGE_TOKENS, ..options })
     }
 }
 
@@ -126,6 +164,8 @@ pub(super) struct Plan {
     pub(super) tail_place: TailPlace,
     /// Pages are those of the host's trees; else runs of 16 tokens.
     pub(super) tree: bool,
+    /// Part of the super-nodes whose pages the host lists; `None`: the device sees all pages.
+    pub(super) listed: Option<f32>,
     /// Standard deviation in nats beyond which estimated logits are not trusted; `None`: nothing is estimated, or always trusted.
     pub(super) max_doubt: Option<f32>,
     /// Tokens that a step retrieves at most.
@@ -226,7 +266,39 @@ impl Plan {
             return Err(Error::config("page_tokens", options.page_tokens, "must be a multiple of 256"));
         }
         let slots = config.hot.slots;
-        Ok(Self { shape, exact, bits, tail, tail_place, tree, max_doubt, retrieved, prefetch, slots })
+        let plan = Self {
+            shape,
+            exact,
+            bits,
+            tail,
+            tail_place,
+            tree,
+            listed: None,
+            max_doubt,
+            retrieved,
+            prefetch,
+            slots,
+        };
+        let all = shape.heads * plan.pages_each(options.max_tokens) * PAGE_TOKENS;
+        let on_host = match options.placement {
+            Placement::Gpu => false,
+            Placement::Cpu => true,
+            Placement::Auto => tree && options.page_tokens < all && max_doubt.is_none(),
+        };
+        if !on_host {
+            return Ok(plan);
+        }
+        let refuse = |reason: &str| {
+            Err(Error::config("placement", "cpu", format!("{reason} ({})", config.policy.spec())))
+        };
+        let PolicyKind::Floe(switches) = config.policy.kind() else {
+            return refuse("only `floe` has trees that the host can search");
+        };
+        if max_doubt.is_some() {
+            return refuse("needs `max_doubt=inf` with a key sketch");
+        }
+        let part = if switches.open < 1.0 { switches.open } else { LISTED_PART };
+        Ok(Self { listed: Some(part), ..plan })
     }
 
     /// Whether tokens are selected, by their sketches; else pages.
@@ -252,7 +324,48 @@ impl Plan {
 
     /// Pages of a kv head of a sequence of at most `capacity` tokens, a multiple of 16.
     pub(super) fn pages_each(&self, capacity: usize) -> usize {
-        if self.exact { 0 } else { pages_each(capacity, self.tree) }
+        match self.listed {
+            _ if self.exact => 0,
+            None => pages_each(capacity, self.tree),
+            Some(_) => {
+                (self.listed_most(capacity) + 2) * PAGE_TOKENS
+                    + young_max(capacity).next_multiple_of(PAGE_TOKENS)
+            }
+        }
+    }
+
+    /// Super-nodes whose pages the host lists, at most, for a sequence of at most `capacity` tokens.
+    pub(super) fn listed_most(&self, capacity: usize) -> usize {
+        // A super-node has sixteen pages at most, and fourteen where nothing was inserted.
+        let all = capacity.div_ceil(14 * PAGE_TOKENS);
+        self.listed.map_or(0, |part| ((all as f32 * part) as usize).max(LISTED_LEAST))
+    }
+
+    /// Super-nodes of a kv head on the device, a multiple of 16: half as many pages as they have room for is what a split leaves.
+    pub(super) fn nodes_each(&self, max_tokens: usize) -> usize {
+        if self.listed.is_none() { 0 } else { (max_tokens.div_ceil(128) + 16).next_multiple_of(16) }
+    }
+
+    /// Super-nodes of a layer on the device.
+    pub(super) fn nodes(&self, options: &GpuOptions) -> usize {
+        options.max_sequences * self.shape.heads * self.nodes_each(options.max_tokens)
+    }
+
+    /// Words of a layer's tables by token, where `pages` are on the device.
+    pub(super) fn token_words(&self, options: &GpuOptions, pages: usize) -> usize {
+        let words = options.max_sequences * self.shape.heads * capacity_words(options.max_tokens);
+        if self.tree { words } else { pages * PAGE_TOKENS }
+    }
+
+    /// Where pages of trees are chosen, in words.
+    pub(super) fn placement(&self) -> String {
+        match self.listed {
+            _ if !self.tree => String::new(),
+            None => "; pages are chosen on the device, whose memory holds the summaries of all".to_owned(),
+            Some(part) => {
+                format!("; the host lists the pages of {part} of the super-nodes, by an earlier query")
+            }
+        }
     }
 
     /// Units that are brought in for the next step at most.
@@ -263,5 +376,58 @@ impl Plan {
     /// Rows of a kv head with slots at least.
     pub(super) const fn slot_rows(&self) -> usize {
         (self.shape.sinks + self.shape.ring + self.slots).next_multiple_of(PAGE_TOKENS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::HotConfig;
+    use crate::shape::{HeadShape, KvDtype};
+
+    fn config(policy: &str) -> Config {
+        let heads = HeadShape::new(8, 2, 128).unwrap();
+        let hot = HotConfig { slots: 512, ..HotConfig::default() };
+        Config { hot, budget: 256, policy: policy.parse().unwrap(), ..Config::new(1, heads, KvDtype::Bf16) }
+    }
+
+    #[test]
+    fn pages_are_chosen_on_the_device_where_their_summaries_fit() {
+        let listed = |policy: &str, change: fn(GpuOptions) -> GpuOptions| {
+            let config = config(policy);
+            Plan::new(&config, &change(GpuOptions::for_load(&config, 2, 100_000, 0.0)))
+                .map(|plan| plan.listed)
+        };
+        let half =
+            |options: GpuOptions| GpuOptions { page_tokens: options.page_tokens / 512 * 256, ..options };
+        let cpu = |options| GpuOptions { placement: Placement::Cpu, ..options };
+        assert_eq!(listed("floe:sketch=off", |options| options).unwrap(), None);
+        // Room for one of two sequences is room for a sequence.
+        assert_eq!(listed("floe:sketch=off", half).unwrap(), None);
+        let tenth =
+            |options: GpuOptions| GpuOptions { page_tokens: options.page_tokens / 5120 * 256, ..options };
+        assert_eq!(listed("floe:sketch=off", tenth).unwrap(), Some(LISTED_PART));
+        assert_eq!(listed("floe:sketch=off,open=0.25", cpu).unwrap(), Some(0.25));
+        assert_eq!(listed("floe:max_doubt=inf", cpu).unwrap(), Some(LISTED_PART));
+        // What is in doubt could not be attended in full, runs of tokens have no tree.
+        assert_eq!(listed("floe", tenth).unwrap(), None);
+        for policy in ["floe", "pagemean:unit=page,tail=page"] {
+            let error = listed(policy, cpu).unwrap_err().to_string();
+            assert!(error.contains("placement"), "{error}");
+        }
+    }
+
+    #[test]
+    fn lists_take_a_part_of_the_room_that_all_pages_take() {
+        let config = config("floe:sketch=off");
+        let all = GpuOptions::for_load(&config, 1, 1_000_000, 0.0);
+        let listed = all.clone().chosen_on_host(&config).unwrap();
+        assert!(listed.page_tokens * 6 < all.page_tokens, "{} of {}", listed.page_tokens, all.page_tokens);
+        let plan = Plan::new(&config, &listed).unwrap();
+        let (pages, young) = (plan.pages_each(1_000_000), young_max(1_000_000));
+        assert!(pages >= plan.listed_most(1_000_000) * PAGE_TOKENS + young);
+        // Every super-node has its place, however full.
+        assert!(plan.nodes_each(1_000_000) >= 1_000_000 / 16 / 8);
+        assert!(plan.placement().contains("host"));
     }
 }

@@ -46,6 +46,7 @@ pub(super) struct Places {
     /// In units of 16 pages.
     pages: Runs,
     free: Vec<usize>,
+    max_tokens: usize,
     pub(super) open: HashMap<SeqId, Open>,
 }
 
@@ -56,6 +57,7 @@ impl Places {
             rows: Runs::new(options.rows),
             pages: Runs::new(pages),
             free: (0..options.max_sequences).rev().collect(),
+            max_tokens: options.max_tokens,
             open: HashMap::new(),
         }
     }
@@ -76,6 +78,14 @@ impl Places {
             pages_each: (pages_each * 16) as u32,
             ..SequencePlace::default()
         };
+        // Pages of a tree hold any tokens, and not all of its pages may be on the device.
+        let (tokens, tokens_each) = if plan.tree {
+            let each = capacity_words(self.max_tokens);
+            (index * heads * each, each)
+        } else {
+            (pages * 256, pages_each * 256)
+        };
+        let place = SequencePlace { tokens: tokens as u32, tokens_each: tokens_each as u32, ..place };
         // A fair share of what is free, so that places of one size follow one another without holes.
         let share = self.rows.free() / (heads * self.free.len()) / 16 * 16;
         let rows_each = share.min(capacity.next_multiple_of(16));
@@ -130,6 +140,11 @@ impl Places {
     pub(super) fn rows_free(&self) -> usize {
         self.rows.free()
     }
+}
+
+/// Words of a kv head in tables by token, where a tree's pages hold any of them.
+pub(super) const fn capacity_words(max_tokens: usize) -> usize {
+    max_tokens.next_multiple_of(CHUNK_ROWS)
 }
 
 /// Chunks that hold `tokens`.

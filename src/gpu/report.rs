@@ -44,6 +44,12 @@ pub struct TreeReport {
     pub batch_us: f64,
     /// Pages that the device built or cleared for them.
     pub batch_pages: u64,
+    /// Searches of a tree by the host, and microseconds of all threads together for them.
+    pub searches: u64,
+    /// See `searches`.
+    pub search_us: f64,
+    /// Steps of a layer and sequence whose pages were listed for a query older than the step before, because the host was not done.
+    pub stale_lists: u64,
     /// Steps of a layer that waited for the threads: the first after a prompt, others only where the threads are too slow.
     pub waits: u64,
 }

@@ -12,11 +12,12 @@ use std::time::Instant;
 use floe_cuda::device::{Event, PinnedBuffer};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{CHUNK_ROWS, TreePage};
-use floe_index::{Batch, Dci, KeyIndex};
+use floe_index::{Batch, Dci, Found, KeyIndex, Query, Scratch, SearchParams, Tail, Unit};
 use parking_lot::{Condvar, Mutex};
 use rayon::ThreadPool;
 
 use super::mirror::Mirror;
+use super::nodes::{NodeMirror, NodeUpdate};
 use crate::error::{Error, Result};
 
 /// A chunk: its block and where it begins.
@@ -35,13 +36,34 @@ pub(super) struct Rows {
     pub(super) written: Arc<Event>,
 }
 
-/// What a batch did to a tree.
+/// A query of an earlier step, to be searched for.
+#[derive(Debug, Clone)]
+pub(super) struct Asked {
+    /// Queries [heads, group, dim], and where this kv head's begin, in bytes.
+    pub(super) queries: Arc<PinnedBuffer<u8>>,
+    pub(super) group: usize,
+    pub(super) scale: f32,
+    /// Behind the copy that writes them.
+    pub(super) written: Arc<Event>,
+}
+
+#[derive(Debug)]
+enum Job {
+    Add(Rows),
+    Search(Asked),
+}
+
+/// What a batch or a search did to a tree.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
     /// Tokens `..end` are in the tree now.
     pub(super) end: usize,
     /// Tokens that joined.
     pub(super) tokens: usize,
+    /// Whether a search chose the pages that are listed.
+    pub(super) searched: bool,
+    /// Super-nodes that changed.
+    pub(super) nodes: Vec<NodeUpdate>,
     /// Pages that changed.
     pub(super) pages: Vec<TreePage>,
     /// Pages that a step has to look at.
@@ -55,21 +77,86 @@ pub(super) struct Outcome {
 struct Tree {
     index: Dci,
     mirror: Mirror,
+    /// Where the host chooses which pages the device sees.
+    lists: Option<Lists>,
     end: usize,
 }
 
+/// Which super-nodes' pages the device sees; the others stand for themselves.
+#[derive(Debug)]
+struct Lists {
+    opened: Vec<bool>,
+    /// Super-nodes opened at most.
+    most: usize,
+    nodes: NodeMirror,
+    scratch: Scratch,
+    found: Found,
+}
+
+impl Lists {
+    /// The first super-nodes: nobody has asked yet.
+    fn open_first(&mut self, index: &Dci) {
+        let num = index.num_super_nodes();
+        self.opened.clear();
+        self.opened.resize(num.max(1), false);
+        self.opened.iter_mut().take(self.most).for_each(|opened| *opened = true);
+    }
+
+    /// Those that the search for a query opens.
+    fn search(&mut self, index: &Dci, query: &Query<'_>) -> Result<()> {
+        let num = index.num_super_nodes().max(1);
+        let part = (self.most as f32 / num as f32).min(1.0);
+        let exact = SearchParams::exact(1, Unit::Page, Tail::Tree);
+        let params = SearchParams { open_fraction: part, ..exact };
+        index.search(query, &[], &params, &mut self.scratch, &mut self.found)?;
+        self.opened.clear();
+        self.opened.resize(num, false);
+        for node in self.found.opened().take(self.most) {
+            self.opened[node] = true;
+        }
+        Ok(())
+    }
+}
+
+/// What the device has to be told of a tree.
+type TreeChanges = (Vec<TreePage>, Vec<NodeUpdate>);
+
 impl Tree {
     /// What the device has to be told; `None`: its pages do not suffice.
-    fn changes(&mut self) -> Option<Vec<TreePage>> {
-        let mut pages = Vec::new();
-        let Some(view) = self.index.pages() else { return Some(pages) };
-        self.mirror.follow(view, &mut pages).ok().map(|()| pages)
+    fn changes(&mut self) -> Option<TreeChanges> {
+        let (mut pages, mut nodes) = (Vec::new(), Vec::new());
+        let Some(view) = self.index.pages() else { return Some((pages, nodes)) };
+        let opened = match &mut self.lists {
+            Some(lists) => {
+                if lists.opened.is_empty() {
+                    lists.open_first(&self.index);
+                }
+                if self.index.num_super_nodes() > 0 {
+                    lists.nodes.follow(&self.index, &lists.opened, &mut nodes).ok()?;
+                }
+                Some(lists.opened.as_slice())
+            }
+            None => None,
+        };
+        self.mirror.follow(view, opened, &mut pages).ok()?;
+        Some((pages, nodes))
+    }
+
+    /// Another tree in its place.
+    fn restart(&mut self, dim: usize) -> Result<()> {
+        self.index = Dci::new(dim)?;
+        self.mirror.restart();
+        if let Some(lists) = &mut self.lists {
+            lists.opened.clear();
+            lists.nodes.restart();
+        }
+        Ok(())
     }
 }
 
 #[derive(Debug, Default)]
 struct Mail {
-    jobs: VecDeque<Rows>,
+    jobs: VecDeque<Job>,
     running: bool,
     done: VecDeque<Outcome>,
     failed: Option<Error>,
@@ -84,6 +171,17 @@ pub(super) struct TreeShape {
     pub(super) sinks: usize,
     /// Pages on the device.
     pub(super) room: usize,
+    /// Where the host chooses which pages the device sees.
+    pub(super) lists: Option<ListShape>,
+}
+
+/// How many pages the host lists.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ListShape {
+    /// Super-nodes that a search opens.
+    pub(super) most: usize,
+    /// Super-nodes on the device.
+    pub(super) nodes: usize,
 }
 
 /// One kv head's tree, with its mail.
@@ -97,14 +195,36 @@ pub(super) struct TreeShard {
 
 impl TreeShard {
     pub(super) fn new(shape: TreeShape) -> Result<Self> {
-        let tree = Tree { index: Dci::new(shape.dim)?, mirror: Mirror::new(shape.head, shape.room), end: 0 };
+        let lists = shape.lists.map(|lists| Lists {
+            opened: Vec::new(),
+            most: lists.most,
+            nodes: NodeMirror::new(lists.nodes),
+            scratch: Scratch::default(),
+            found: Found::default(),
+        });
+        let mirror = Mirror::new(shape.head, shape.room);
+        let tree = Tree { index: Dci::new(shape.dim)?, mirror, lists, end: 0 };
         Ok(Self { shape, mail: Mutex::default(), changed: Condvar::new(), tree: Mutex::new(tree) })
     }
 
     /// Has `rows` added behind those submitted before.
     pub(super) fn submit<E: DeviceElem>(self: &Arc<Self>, rows: Rows, pool: &ThreadPool) {
+        self.post::<E>(Job::Add(rows), pool);
+    }
+
+    /// Has the pages for a query listed, if nothing else is to be done.
+    pub(super) fn ask<E: DeviceElem>(self: &Arc<Self>, asked: Asked, pool: &ThreadPool) {
+        self.post::<E>(Job::Search(asked), pool);
+    }
+
+    /// Whether nothing is to be done.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.mail.lock().running
+    }
+
+    fn post<E: DeviceElem>(self: &Arc<Self>, job: Job, pool: &ThreadPool) {
         let mut mail = self.mail.lock();
-        mail.jobs.push_back(rows);
+        mail.jobs.push_back(job);
         if !mail.running {
             mail.running = true;
             let shard = self.clone();
@@ -115,10 +235,10 @@ impl TreeShard {
     /// Does what is in the mail.
     fn work<E: DeviceElem>(&self) {
         loop {
-            let rows = {
+            let job = {
                 let mut mail = self.mail.lock();
                 match mail.jobs.pop_front() {
-                    Some(rows) => rows,
+                    Some(job) => job,
                     None => {
                         mail.running = false;
                         self.changed.notify_all();
@@ -126,7 +246,10 @@ impl TreeShard {
                     }
                 }
             };
-            let done = self.add::<E>(&rows);
+            let done = match &job {
+                Job::Add(rows) => self.add::<E>(rows),
+                Job::Search(asked) => self.search::<E>(asked),
+            };
             let mut mail = self.mail.lock();
             match done {
                 Ok(outcome) => mail.done.push_back(outcome),
@@ -139,18 +262,20 @@ impl TreeShard {
         }
     }
 
-    /// What happened up to the tokens `..end`, in order, and whether it was waited for; what was not submitted has not happened.
-    pub(super) fn take(&self, end: usize) -> Result<(Vec<Outcome>, bool)> {
+    /// What happened up to the tokens `..end`, in order, and whether it was waited for, as it is if it `must` be there; what was not
+    /// submitted has not happened.
+    pub(super) fn take(&self, end: usize, must: bool) -> Result<(Vec<Outcome>, bool)> {
         let mut mail = self.mail.lock();
         let mut waited = false;
         loop {
             if let Some(error) = mail.failed.take() {
                 return Err(error);
             }
-            if let Some(last) = mail.done.iter().position(|outcome| outcome.end == end) {
+            let there = mail.done.iter().any(|outcome| outcome.end == end) || !must;
+            if let Some(last) = mail.done.iter().rposition(|outcome| outcome.end <= end).filter(|_| there) {
                 return Ok((mail.done.drain(..=last).collect(), waited));
             }
-            if !mail.running {
+            if !mail.running || !must {
                 return Ok((Vec::new(), waited));
             }
             waited = true;
@@ -182,11 +307,10 @@ impl TreeShard {
             tree.index.remove(&gone)?;
             tree.end = end;
             if tree.index.is_empty() {
-                tree.index = Dci::new(self.shape.dim)?;
-                tree.mirror.restart();
+                tree.restart(self.shape.dim)?;
             }
-            let pages = tree.changes().ok_or_else(|| self.no_room())?;
-            outcomes.push(Outcome { end, tokens: 0, pages, used: tree.mirror.used(), micros: 0.0 });
+            let (pages, nodes) = tree.changes().ok_or_else(|| self.no_room())?;
+            outcomes.push(Outcome { end, pages, nodes, used: tree.mirror.used(), ..Outcome::default() });
         }
         Ok(outcomes)
     }
@@ -197,12 +321,11 @@ impl TreeShard {
         let mut tree = self.tree.lock();
         let tree = &mut *tree;
         self.insert::<E>(&mut tree.index, rows, rows.first)?;
-        let pages = match tree.changes() {
-            Some(pages) => pages,
+        let (pages, nodes) = match tree.changes() {
+            Some(changes) => changes,
             None => {
                 // Truncations left too many pages of few tokens: a new tree has full ones.
-                tree.index = Dci::new(self.shape.dim)?;
-                tree.mirror.restart();
+                tree.restart(self.shape.dim)?;
                 self.insert::<E>(&mut tree.index, rows, 0)?;
                 tree.changes().ok_or_else(|| self.no_room())?
             }
@@ -210,7 +333,36 @@ impl TreeShard {
         tree.end = rows.end;
         let micros = start.elapsed().as_secs_f64() * 1e6;
         let tokens = rows.end - rows.first;
-        Ok(Outcome { end: rows.end, tokens, pages, used: tree.mirror.used(), micros })
+        Ok(Outcome { end: rows.end, tokens, searched: false, nodes, pages, used: tree.mirror.used(), micros })
+    }
+
+    fn search<E: DeviceElem>(&self, asked: &Asked) -> Result<Outcome> {
+        asked.written.synchronize()?;
+        let start = Instant::now();
+        let each = asked.group * self.shape.dim;
+        let mut bytes = vec![0u8; each * size_of::<E>()];
+        asked.queries.read_at(self.shape.head * bytes.len(), &mut bytes)?;
+        let q: Vec<f32> = bytes
+            .chunks_exact(size_of::<E>())
+            .map(|x| bytemuck::pod_read_unaligned::<E>(x).to_f32())
+            .collect();
+        let query = Query { q: &q, group: asked.group, scale: asked.scale, attended_lse: &[] };
+        let mut tree = self.tree.lock();
+        let tree = &mut *tree;
+        if let Some(lists) = &mut tree.lists {
+            lists.search(&tree.index, &query)?;
+        }
+        let (pages, nodes) = tree.changes().ok_or_else(|| self.no_room())?;
+        let micros = start.elapsed().as_secs_f64() * 1e6;
+        Ok(Outcome {
+            end: tree.end,
+            tokens: 0,
+            searched: true,
+            nodes,
+            pages,
+            used: tree.mirror.used(),
+            micros,
+        })
     }
 
     fn no_room(&self) -> Error {
@@ -225,9 +377,11 @@ impl TreeShard {
             return Ok(());
         }
         let ids: Vec<u32> = (fresh.start as u32..fresh.end as u32).collect();
-        let keys = self.keys::<E>(rows, fresh)?;
-        // The device makes the summaries of values, from the rows: nobody asks this tree for them, and keys stand in.
-        let batch = Batch { ids: &ids, keys: &keys, values: &keys };
+        let keys = self.half::<E>(rows, fresh.clone(), 0)?;
+        // Without lists nobody asks this tree for values: the device makes the summaries of pages, from the rows. Keys stand in.
+        let values = self.shape.lists.map(|_| self.half::<E>(rows, fresh, 1)).transpose()?;
+        let values = values.as_deref().unwrap_or(&keys);
+        let batch = Batch { ids: &ids, keys: &keys, values };
         if index.is_empty() {
             index.build(&batch)?
         } else {
@@ -236,10 +390,10 @@ impl TreeShard {
         Ok(())
     }
 
-    /// Keys [tokens, dim] of a kv head.
-    fn keys<E: DeviceElem>(&self, rows: &Rows, tokens: Range<usize>) -> Result<Vec<f32>> {
+    /// Keys (0) or values (1) [tokens, dim] of a kv head.
+    fn half<E: DeviceElem>(&self, rows: &Rows, tokens: Range<usize>, which: usize) -> Result<Vec<f32>> {
         let (dim, bytes) = (self.shape.dim, 2 * self.shape.dim * size_of::<E>());
-        let mut keys = Vec::with_capacity(tokens.len() * dim);
+        let mut wide = Vec::with_capacity(tokens.len() * dim);
         let mut held = vec![0u8; CHUNK_ROWS * bytes];
         let mut at = tokens.start;
         while at < tokens.end {
@@ -248,11 +402,11 @@ impl TreeShard {
             let held = &mut held[..n * bytes];
             block.read_at(start + (self.shape.head * CHUNK_ROWS + at % CHUNK_ROWS) * bytes, held)?;
             for row in held.chunks_exact(bytes) {
-                let key = row[..bytes / 2].chunks_exact(size_of::<E>());
-                keys.extend(key.map(|x| bytemuck::pod_read_unaligned::<E>(x).to_f32()));
+                let half = row[which * bytes / 2..][..bytes / 2].chunks_exact(size_of::<E>());
+                wide.extend(half.map(|x| bytemuck::pod_read_unaligned::<E>(x).to_f32()));
             }
             at += n;
         }
-        Ok(keys)
+        Ok(wide)
     }
 }

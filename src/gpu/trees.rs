@@ -11,19 +11,23 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Event, Stream};
+use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Event, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
-use floe_cuda::ops::cache::{Tables, TreePage, TreePages, build_tree_pages};
+use floe_cuda::ops::cache::{BatchEntry, CacheShape, Tables, TreePage, TreePages, build_tree_pages};
 use rayon::ThreadPool;
 
+use super::chain::ChainShape;
 use super::engine::{GpuEngine, published};
+use super::nodes::NodeUpdate;
 use super::options::{GpuOptions, Plan};
 use super::report::TreeReport;
-use super::tree::{Outcome, Place, Rows, TreeShape, TreeShard};
+use super::tree::{Asked, ListShape, Outcome, Place, Rows, TreeShape, TreeShard};
 use crate::error::{Error, Result};
 use crate::ids::{LayerId, SeqId};
 use crate::shape::PAGE_TOKENS;
 
+/// Steps before the one that needs them in which tokens join a tree that is searched.
+const LEAD: usize = 2;
 /// Pages that one kernel builds at most.
 const LISTED: usize = 16_384;
 
@@ -39,6 +43,10 @@ struct LayerTrees {
     applied: usize,
     /// Pages of each kv head on the device; `None`: not told yet.
     used: Option<Vec<u32>>,
+    /// Where the host chooses: `log_count` of the super-nodes on the device, [heads, nodes each].
+    stands: Vec<f32>,
+    /// Where the step copies its queries to.
+    queries: Option<Arc<PinnedBuffer<u8>>>,
 }
 
 /// Trees of all open sequences.
@@ -77,14 +85,26 @@ impl Trees {
 }
 
 impl LayerTrees {
-    fn new(plan: &Plan, capacity: usize) -> Result<Self> {
+    fn new(plan: &Plan, (capacity, max_tokens): (usize, usize)) -> Result<Self> {
         let shape = plan.shape;
+        let nodes = plan.nodes_each(max_tokens);
+        let lists = plan.listed.map(|_| ListShape { most: plan.listed_most(capacity), nodes });
         let shard = |head| {
             let room = plan.pages_each(capacity);
-            TreeShard::new(TreeShape { head, dim: shape.head_dim, sinks: shape.sinks, room }).map(Arc::new)
+            TreeShard::new(TreeShape { head, dim: shape.head_dim, sinks: shape.sinks, room, lists })
+                .map(Arc::new)
         };
         let shards = (0..shape.heads).map(shard).collect::<Result<_>>()?;
-        Ok(Self { shards, chunks: Arc::default(), submitted: 0, applied: 0, used: None })
+        let stands = vec![f32::NEG_INFINITY; shape.heads * nodes];
+        Ok(Self {
+            shards,
+            chunks: Arc::default(),
+            submitted: 0,
+            applied: 0,
+            used: None,
+            stands,
+            queries: None,
+        })
     }
 }
 
@@ -115,7 +135,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         layers.resize_with(self.config.num_layers, || None);
         let of_layer = match &mut layers[layer] {
             Some(of_layer) => of_layer,
-            none => none.insert(LayerTrees::new(&self.plan, open.capacity)?),
+            none => none.insert(LayerTrees::new(&self.plan, (open.capacity, self.options.max_tokens))?),
         };
         if end <= of_layer.submitted {
             return Ok(());
@@ -147,7 +167,12 @@ impl<E: DeviceElem> GpuEngine<E> {
         let end = published(position + 1, window) * PAGE_TOKENS;
         self.submit_trees((seq, layer), end, stream)?;
         // Ahead of need, sixteen at a time: what is taken in a step must not depend on what came later.
-        let ahead = (position / PAGE_TOKENS * PAGE_TOKENS).min(end + window / PAGE_TOKENS * PAGE_TOKENS);
+        let lead = match self.plan.listed {
+            None => end + window / PAGE_TOKENS * PAGE_TOKENS,
+            // A search sees the tree as it is: tokens join it just before the step that needs them.
+            Some(_) => published(position + 1 + LEAD, window) * PAGE_TOKENS,
+        };
+        let ahead = (position / PAGE_TOKENS * PAGE_TOKENS).min(lead);
         loop {
             let submitted = self.layer_trees((seq, layer)).map_or(ahead, |trees| trees.submitted);
             if submitted + PAGE_TOKENS > ahead {
@@ -155,19 +180,25 @@ impl<E: DeviceElem> GpuEngine<E> {
             }
             self.submit_trees((seq, layer), submitted + PAGE_TOKENS, stream)?;
         }
+        let listed = self.plan.listed.is_some();
         let Some(trees) = self.layer_trees((seq, layer)) else { return Ok(0) };
-        if trees.applied < end {
+        if trees.applied < end || listed {
             let (mut outcomes, mut waited) = (Vec::with_capacity(trees.shards.len()), false);
             for shard in &trees.shards {
-                let (of_shard, wait) = shard.take(end)?;
+                let (of_shard, wait) = shard.take(end, trees.applied < end)?;
                 waited |= wait;
                 outcomes.push(of_shard);
             }
             trees.applied = end;
+            let news = outcomes.iter().any(|of_shard| !of_shard.is_empty()) || trees.used.is_none();
+            let fresh = outcomes.iter().all(|of_shard| of_shard.iter().any(|outcome| outcome.searched));
             if let Some(trees) = &mut self.trees {
                 trees.report.waits += u64::from(waited);
+                trees.report.stale_lists += u64::from(listed && !fresh);
             }
-            self.apply((seq, layer), outcomes, stream)?;
+            if news {
+                self.apply((seq, layer), outcomes, stream)?;
+            }
         } else if trees.used.is_none() {
             self.apply((seq, layer), Vec::new(), stream)?;
         }
@@ -195,11 +226,15 @@ impl<E: DeviceElem> GpuEngine<E> {
         let mut used = of_layer.used.clone().unwrap_or_else(|| vec![0; heads]);
         // One page of a launch has one block: of several changes of a page the last one stands.
         let mut pages: BTreeMap<(u32, u32), TreePage> = BTreeMap::new();
-        for (used, of_shard) in used.iter_mut().zip(outcomes) {
+        let mut nodes: Vec<((usize, u32), NodeUpdate)> = Vec::new();
+        for ((head, used), of_shard) in used.iter_mut().enumerate().zip(outcomes) {
             for outcome in of_shard {
                 *used = outcome.used;
                 let report = &mut trees.report;
-                if outcome.tokens > PAGE_TOKENS {
+                if outcome.searched {
+                    report.searches += 1;
+                    report.search_us += outcome.micros;
+                } else if outcome.tokens > PAGE_TOKENS {
                     report.builds += 1;
                     report.build_us += outcome.micros;
                 } else {
@@ -207,6 +242,7 @@ impl<E: DeviceElem> GpuEngine<E> {
                     report.batch_us += outcome.micros;
                     report.batch_pages += outcome.pages.len() as u64;
                 }
+                nodes.extend(outcome.nodes.into_iter().map(|node| ((head, node.node), node)));
                 pages.extend(outcome.pages.iter().map(|page| ((page.head, page.page), *page)));
             }
         }
@@ -225,10 +261,66 @@ impl<E: DeviceElem> GpuEngine<E> {
             let from = TreePages { sequence: index, listed, tokens };
             build_tree_pages(stream, &tables, from, memory.kv.view(), to)?;
         }
+        let each = self.plan.nodes_each(self.options.max_tokens);
+        if each > 0 && (!nodes.is_empty() || of_layer.used.is_none()) {
+            for ((head, node), update) in nodes {
+                let at = head * each + node as usize;
+                of_layer.stands[at] = update.log_count;
+                if let Some(summary) = update.summary {
+                    memory.nodes.write(index * heads * each + at, &summary, stream)?;
+                }
+            }
+            memory.nodes.log_count.write_async(index * heads * each, &of_layer.stands, stream)?;
+        }
         memory.pages.tree_pages.write_async(index * heads, &used, stream)?;
         // More than there are: spreads are summed up anew.
         memory.doubt.sums.write_async(index * heads, &vec![[u32::MAX, 0]; heads], stream)?;
         of_layer.used = Some(used);
+        Ok(())
+    }
+
+    /// Says whose super-nodes the step's entries have.
+    pub(super) fn enter_nodes(&mut self, shape: &ChainShape, stream: &Stream) -> Result<()> {
+        let each = self.plan.nodes_each(self.options.max_tokens);
+        let Some(chain) = self.chains.get_mut(shape).filter(|_| each > 0) else { return Ok(()) };
+        let of = |entry: &BatchEntry| if entry.tokens == 0 { u32::MAX } else { entry.sequence };
+        let sequences: Vec<u32> = self.uploaded[..shape.entries].iter().map(of).collect();
+        Ok(chain.enter((&self.plan, each), &sequences, stream)?)
+    }
+
+    /// Has the host list the pages for the queries of the step just queued, for the steps to come: wherever it is done with the last.
+    pub(super) fn ask_trees(
+        &mut self,
+        (sequences, layer): (&[SeqId], usize),
+        (shape, scale): (&ChainShape, f32),
+        stream: &Stream,
+    ) -> Result<()> {
+        if self.plan.listed.is_none() {
+            return Ok(());
+        }
+        let CacheShape { heads, group, head_dim, .. } = self.plan.shape;
+        let (Some(trees), Some(chain)) = (&mut self.trees, self.chains.get(shape)) else { return Ok(()) };
+        let len = heads * group * head_dim;
+        for (entry, seq) in sequences.iter().enumerate() {
+            let of_seq = trees.open.get_mut(seq).and_then(|layers| layers.get_mut(layer));
+            let Some(Some(of_layer)) = of_seq else { continue };
+            if !of_layer.shards.iter().all(|shard| shard.is_idle()) {
+                continue;
+            }
+            let queries = match &of_layer.queries {
+                Some(queries) => queries.clone(),
+                None => Arc::new(PinnedBuffer::zeros(&self.device, len * size_of::<E>())?),
+            };
+            of_layer.queries = Some(queries.clone());
+            let from = chain.queries().slice(entry * len..(entry + 1) * len).map_err(DeviceError::from)?;
+            queries.copy_from(from, stream)?;
+            let written = Arc::new(Event::new(&self.device)?);
+            written.record(stream)?;
+            for shard in &of_layer.shards {
+                let (queries, written) = (queries.clone(), written.clone());
+                shard.ask::<E>(Asked { queries, group, scale, written }, &trees.pool);
+            }
+        }
         Ok(())
     }
 

@@ -276,7 +276,7 @@ fn index_options(
             "open" => parsed.open = pair.number("a number in (0, 1]", |f| *f > 0.0 && *f <= 1.0)?,
             "open_mass" => parsed.open_mass = pair.number("a number of at least 0", is_multiple)?,
             "detail" => parsed.detail = pair.number("a number of at least 0", is_multiple)?,
-            "max_doubt" => parsed.max_doubt = pair.number("a number of at least 0", is_multiple)?,
+            "max_doubt" => parsed.max_doubt = pair.number("a number of at least 0, or inf", |x| *x >= 0.0)?,
             "reuse" => {
                 on = Some(match pair.value {
                     "on" => true,

@@ -1,8 +1,7 @@
 //! Stored rows that come back: gathered, forked, saved and restored.
 
-use floe::gpu::{DeviceTensor, LayerStep, Prefer, TensorType};
+use floe::gpu::{LayerStep, Prefer};
 use floe::{Config, Engine, Error, HeadShape, KvDtype, LayerId, SeqId, TensorView};
-use floe_cuda::device::DeviceBuffer;
 use half::bf16;
 
 use crate::lifetime::{CLOSE, D, GROUP, HEADS, Stage, Story, stage};
@@ -15,14 +14,9 @@ const PLACES: [(usize, Prefer); 2] = [(8192, Prefer::Exact), (2064, Prefer::Spee
 fn gathered(stage: &Stage<'_>, seq: SeqId, first: usize, tokens: usize) -> [Vec<bf16>; 2] {
     let world = stage.world;
     let empty = vec![bf16::NAN; HEADS * tokens * D];
-    let held = [(); 2].map(|()| DeviceBuffer::from_slice(&world.device, &empty).unwrap());
-    let [k, v] = [0, 1].map(|i: usize| {
-        let (shape, strides) = ([tokens, HEADS, D], [D, tokens * D]);
-        // SAFETY: the buffer holds the shape and outlives the work, which `read` waits for.
-        unsafe { DeviceTensor::from_raw(held[i].view().address(), TensorType::Bf16, shape, strides) }
-    });
-    stage.engine.gather(seq, LayerId(0), first, (&k, &v), &world.stream).unwrap();
-    held.map(|buffer| buffer.read(&world.stream).unwrap())
+    let [k, v] = [(); 2].map(|()| Held::new(world, &empty, [tokens, HEADS, D]));
+    stage.engine.gather(seq, LayerId(0), first, (&k.by_head(), &v.by_head()), &world.stream).unwrap();
+    [k.read(world), v.read(world)]
 }
 
 fn assert_stored(stage: &Stage<'_>, story: &Story, first: usize) {

@@ -34,6 +34,8 @@ pub struct Setup {
     pub steps: usize,
     /// Tokens of a prefill piece.
     pub piece: usize,
+    /// Pages of trees are chosen on the host.
+    pub on_host: bool,
 }
 
 pub const SETUP: Setup = Setup {
@@ -46,6 +48,7 @@ pub const SETUP: Setup = Setup {
     cold: false,
     steps: 120,
     piece: 1000,
+    on_host: false,
 };
 
 pub fn config(trace: &Trace, setup: &Setup) -> Config {
@@ -66,6 +69,7 @@ pub fn on_device(trace: &Trace, setup: &Setup) -> Run {
         prefetch: setup.prefetch,
         ..GpuOptions::for_load(&config, 1, meta.num_tokens, setup.hot)
     };
+    let options = if setup.on_host { options.chosen_on_host(&config).unwrap() } else { options };
     let mut engine = GpuEngine::<bf16>::open(&world.device, config, options).unwrap();
     let seq = engine.admit(None).unwrap();
     let first = meta.index_until;

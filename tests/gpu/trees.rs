@@ -17,13 +17,12 @@ fn tree_steps_select_and_answer_as_the_cpu_does() {
     let trace = Trace::open(TRACE).unwrap();
     for (policy, runs_of_tokens, close) in [
         (POLICIES[0], "pagemean:sketch=k2v1,tail=page", 0.5),
-        (POLICIES[1], "pagemean:sketch=k1,tail=page", 0.5),
-        // Whole pages, of two trees: .45 on an H200.
-        (POLICIES[2], "pagemean:unit=page,tail=page", 0.4),
+        (POLICIES[1], "pagemean:sketch=k1,tail=page", 0.45),
+        (POLICIES[2], "pagemean:unit=page,tail=page", 0.35),
     ] {
-        let setup = Setup { policy, ..SETUP };
+        let setup = Setup { policy, steps: 80, ..SETUP };
         let (cpu, gpu) = (on_cpu(&trace, &setup), on_device(&trace, &setup));
-        let runs = on_device(&trace, &Setup { policy: runs_of_tokens, ..SETUP });
+        let runs = on_device(&trace, &Setup { policy: runs_of_tokens, ..setup });
         let same: f64 = gpu.retrieved.iter().zip(&cpu.retrieved).map(|(a, b)| shared(a, b)).sum::<f64>();
         let same = same / setup.steps as f64;
         println!(
@@ -87,6 +86,24 @@ fn the_device_selects_what_the_host_finds_in_the_same_tree() {
     }
 }
 
+#[test]
+fn pages_listed_by_the_host_answer_nearly_as_those_chosen_on_the_device() {
+    let trace = Trace::open(TRACE).unwrap();
+    for policy in ["floe:sketch=off", "floe:sketch=k2v1,max_doubt=inf", "floe:sketch=off,open=0.25"] {
+        let setup = Setup { policy, steps: 60, ..SETUP };
+        let (device, host) =
+            (on_device(&trace, &setup), on_device(&trace, &Setup { on_host: true, ..setup }));
+        println!(
+            "{policy}: error {:.4} chosen on the device, {:.4} listed by the host; hit rate {:.3}, {:.3}",
+            device.error, host.error, device.hit_rate, host.hit_rate
+        );
+        // Sixteen of some forty super-nodes are opened, for the query of the step before; super-nodes have no sketch. The CPU's search
+        // of half of them errs 1.6 times as much with a sketch and 1.04 times without.
+        assert!(host.error < device.error * 3.0 + 0.05, "{policy}: {} against {}", host.error, device.error);
+        assert!(host.exact == 0 && host.retrieved.iter().all(|tokens| !tokens.is_empty()), "{policy}");
+    }
+}
+
 /// Bits of two runs.
 fn same_bits(a: &Run, b: &Run, name: &str) {
     assert_eq!(a.retrieved, b.retrieved, "{name}");
@@ -99,7 +116,7 @@ fn same_bits(a: &Run, b: &Run, name: &str) {
 fn what_is_hot_and_when_workers_finish_changes_no_bit() {
     let trace = Trace::open(TRACE).unwrap();
     for policy in POLICIES {
-        let setup = Setup { policy, ..SETUP };
+        let setup = Setup { policy, steps: 40, ..SETUP };
         let warm = on_device(&trace, &setup);
         same_bits(&warm, &on_device(&trace, &setup), policy);
         same_bits(&warm, &on_device(&trace, &Setup { cold: true, ..setup }), "cold");
@@ -231,7 +248,7 @@ fn truncation_takes_tokens_out_of_the_trees() {
             first.push(stage.error(position, &out));
         }
         // Within the window, beyond it, and far into the prompt's pages; then other tokens, then a prompt.
-        for (cut, until) in [(3190, 3230), (3090, 3150), (1500, 1540)] {
+        for (cut, until) in [(3190, 3200), (3090, 3150), (1500, 1540)] {
             stage.engine.truncate(seq, cut, &world.stream).unwrap();
             let mut errors = Vec::new();
             for position in cut..until {
@@ -241,9 +258,7 @@ fn truncation_takes_tokens_out_of_the_trees() {
             }
             let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
             // At the same positions, where they were decoded before.
-            let before: Vec<f64> =
-                (cut..until).filter_map(|p| first.get(p.checked_sub(3000)?).copied()).collect();
-            let before = mean(if before.is_empty() { &first } else { &before });
+            let before = if cut < 3000 { mean(&first) } else { mean(&first[cut - 3000..until - 3000]) };
             println!("{policy}: {before:.4} before, {:.4} after a cut at {cut}", mean(&errors));
             assert!(mean(&errors) < before * 1.3 + 0.01, "{policy}: cut at {cut}");
         }

@@ -41,6 +41,18 @@ impl Held {
         // SAFETY: the buffer holds the shape and outlives the work of the test, which waits before it drops it.
         unsafe { DeviceTensor::contiguous(self.buffer.view().address(), TensorType::Bf16, self.shape) }
     }
+
+    /// The same memory with all rows of a head side by side: [heads, tokens, dim] seen as [tokens, heads, dim].
+    pub fn by_head(&self) -> DeviceTensor {
+        let [tokens, _, dim] = self.shape;
+        let strides = [dim, tokens * dim];
+        // SAFETY: as for `tensor`; the strides stay within the shape's elements.
+        unsafe { DeviceTensor::from_raw(self.buffer.view().address(), TensorType::Bf16, self.shape, strides) }
+    }
+
+    pub fn read(&self, world: &World) -> Vec<bf16> {
+        self.buffer.read(&world.stream).unwrap()
+    }
 }
 
 /// An f32 output.

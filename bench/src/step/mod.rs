@@ -59,6 +59,9 @@ pub struct Args {
     /// Make the tail behind the fetch, joined by the attention, instead of on a stream of its own.
     #[arg(long)]
     joined_tail: bool,
+    /// Choose pages of trees on the host, with room on the device for those alone that it lists.
+    #[arg(long)]
+    host_lists: bool,
     /// Tokens of a kv head that are brought in behind a step for the next one.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     prefetch: Vec<usize>,
@@ -166,6 +169,7 @@ fn measure(
         prefetch: 0,
         gap_us: 0.0,
         submit: args.submit,
+        host_lists: args.host_lists,
     };
     let torch = sdpa.iter().find(|s| s.batch == batch && s.context == context);
     let torch_ms = torch.map(|s| s.us * args.layers as f64 / 1e3);
@@ -302,7 +306,7 @@ fn print_trees(timed: &Timed) {
     let Some(tree) = timed.report.tree else { return };
     let (builds, batches) = (tree.builds.max(1) as f64, tree.batches.max(1) as f64);
     println!(
-        "    {} trees of the prompt built in {:.2} s by {} threads, {:.0} ms each; sixteen tokens: {:.0} us of a thread and {:.1} pages a kv head, {:.1} us a layer on the device; {} waits",
+        "    {} trees of the prompt built in {:.2} s by {} threads, {:.0} ms each; sixteen tokens: {:.0} us of a thread and {:.1} pages a kv head, {:.1} us a layer on the device; {} waits; {} searches of {:.0} us, {} stale lists of {} steps",
         tree.builds,
         timed.build_s,
         tree.threads,
@@ -311,6 +315,10 @@ fn print_trees(timed: &Timed) {
         tree.batch_pages as f64 / batches,
         timed.update_us,
         tree.waits,
+        tree.searches,
+        tree.search_us / tree.searches.max(1) as f64,
+        tree.stale_lists,
+        timed.report.steps,
     );
 }
 

@@ -43,6 +43,7 @@ pub struct Case {
     /// Microseconds of a device copy behind each call.
     pub gap_us: f64,
     pub submit: Submit,
+    pub host_lists: bool,
 }
 
 /// What came out.
@@ -201,6 +202,8 @@ fn engine(device: &Device, case: &Case) -> anyhow::Result<GpuEngine<bf16>> {
         ..Config::new(case.held, heads, KvDtype::Bf16)
     };
     let options = GpuOptions::for_load(&config, case.batch, case.context, case.hot);
+    let lists = case.host_lists && case.policy.starts_with("floe");
+    let options = if lists { options.chosen_on_host(&config)? } else { options };
     let rows = options.rows.max(case.rows);
     Ok(GpuEngine::open(
         device,

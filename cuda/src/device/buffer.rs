@@ -429,6 +429,21 @@ impl<T: Pod> PinnedBuffer<T> {
     }
 }
 
+impl PinnedBuffer<u8> {
+    /// Queues a copy of device memory to the first bytes.
+    ///
+    /// # Errors
+    /// More than the buffer holds; what the driver reports.
+    pub fn copy_from<T: Pod>(&self, from: DevRef<'_, T>, stream: &Stream) -> Result<(), DeviceError> {
+        let bytes = from.len() * size_of::<T>();
+        check_range(&(0..bytes), self.len)?;
+        self.device.bind()?;
+        // SAFETY: both sides hold so many bytes, as the device sees them.
+        unsafe { result::memcpy_dtod_async(self.address, from.address, bytes, stream.raw()) }
+            .named("cuMemcpyDtoDAsync")
+    }
+}
+
 impl<T> Drop for PinnedBuffer<T> {
     fn drop(&mut self) {
         if self.device.synchronize().is_ok() {

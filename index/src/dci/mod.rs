@@ -70,6 +70,37 @@ impl Dci {
         Flat::over(self.pages.clone(), self.isa)
     }
 
+    /// Super-nodes, each of up to sixteen pages ([`PageView::super_node_of`]); 0 where the tree has no level above its pages.
+    pub fn num_super_nodes(&self) -> usize {
+        if self.tree.top() == 0 { 0 } else { self.tree.parents[0].len() }
+    }
+
+    /// Tokens below a super-node, and the mean squared deviation of a coordinate of their keys from their mean.
+    ///
+    /// # Panics
+    /// When there is no such super-node.
+    pub fn super_node(&self, node: usize) -> (u32, f32) {
+        let (entry, nodes) = self.node_entry(node);
+        (nodes.count[entry], nodes.spread[entry])
+    }
+
+    /// Writes a super-node's mean key and mean value in the caller's frame, `[dim]` f32 each.
+    ///
+    /// # Panics
+    /// When there is no such super-node or an output has another length.
+    pub fn super_node_means(&self, node: usize, key: &mut [f32], value: &mut [f32]) {
+        let (entry, nodes) = self.node_entry(node);
+        nodes.read_key(entry, key);
+        nodes.read_value(entry, value);
+        let frame = &self.pages.frame;
+        key.iter_mut().zip(&frame.key_centre).for_each(|(x, c)| *x += c);
+        value.iter_mut().zip(&frame.value_centre).for_each(|(x, c)| *x += c);
+    }
+
+    fn node_entry(&self, node: usize) -> (usize, &crate::blocks::Blocks) {
+        (self.tree.parents[0][node] as usize, &self.tree.levels[0])
+    }
+
     /// Tokens in sealed pages over slots of sealed pages; 1 when there is no page.
     pub fn fill(&self) -> f64 {
         let live: u32 = self.pages.live.iter().map(|l| l.count_ones()).sum();

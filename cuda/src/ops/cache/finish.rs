@@ -5,7 +5,7 @@ use crate::device::{DevRef, DeviceError, Launch, Stream, Together};
 use crate::ops::word;
 
 /// States that are joined at most.
-pub const FINISH_PARTS_MAX: usize = 3;
+pub const FINISH_PARTS_MAX: usize = 4;
 
 /// Mirrors `floe::FinishParams`.
 #[repr(C)]
@@ -45,7 +45,7 @@ pub fn finish(
 ) -> Result<(), DeviceError> {
     let (shape, entries) = (tables.shape, tables.batch.len());
     if parts.is_empty() || parts.len() > FINISH_PARTS_MAX {
-        return Err(DeviceError::Unsupported { field: "parts", value: parts.len(), expected: "1 to 3" });
+        return Err(DeviceError::Unsupported { field: "parts", value: parts.len(), expected: "1 to 4" });
     }
     out.expect("out", [entries, shape.heads * shape.group, shape.head_dim])?;
     let rows = tables.items() * shape.group;

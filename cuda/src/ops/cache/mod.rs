@@ -51,8 +51,12 @@ pub struct SequencePlace {
     pub pages_each: u32,
     /// Slots of each kv head, or [`SequencePlace::DENSE`].
     pub slots: u32,
+    /// Word of the first token in lists of tokens and tables by token.
+    pub tokens: u32,
+    /// Words of a kv head; 0: 16 for each page, from the first page's on.
+    pub tokens_each: u32,
     /// Zero.
-    pub unused: [u32; 3],
+    pub unused: u32,
 }
 
 impl SequencePlace {

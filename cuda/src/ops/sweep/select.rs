@@ -135,6 +135,9 @@ impl Sweep {
             UnitsMut::PagesOfTokens { scores, masks } => {
                 self.check_scores(scores.len(), None)?;
                 masks.check("masks", num_pages)?;
+                if let Some(ids) = &select.ids {
+                    check_aligned("ids", ids.address())?;
+                }
                 of_tokens = masks.address();
                 if select.ids.is_none() {
                     let expected = "ids of the tokens of pages";
