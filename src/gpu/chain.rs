@@ -14,8 +14,8 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    AppendStep, DeviceTensor, DoubtCheck, FetchList, FetchPace, FinishStart, FoundUnit, PageSource, Ranges,
-    Resolve, Tables, append_step, build_pages, fetch_listed, finish, resolve,
+    AppendStep, DeviceTensor, DoubtCheck, FINISH_PARTS_MAX, FetchList, FetchPace, FinishStart, FoundUnit,
+    PageSource, Ranges, Resolve, Tables, append_step, build_pages, fetch_listed, finish, resolve,
 };
 use floe_cuda::ops::sweep::{
     Beside, KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
@@ -371,13 +371,18 @@ impl<E: DeviceElem> Chain<E> {
         }
         let Some(sparse) = &self.sparse else { return Ok(()) };
         stream.wait(&shared.joins[0])?;
-        let mut parts = vec![sparse.chosen.read()];
-        if plan.tail && plan.tail_place == TailPlace::Beside {
-            parts.push(sparse.tail.read());
+        let beside = plan.tail && plan.tail_place == TailPlace::Beside;
+        let others = [
+            beside.then(|| sparse.tail.read()),
+            sparse.nodes.as_ref().map(|nodes| nodes.state.read()),
+            sparse.whole.as_ref().map(|whole| whole.state.read()),
+        ];
+        let (mut parts, mut num) = ([sparse.chosen.read(); FINISH_PARTS_MAX], 1);
+        for part in others.into_iter().flatten() {
+            parts[num] = part;
+            num += 1;
         }
-        parts.extend(sparse.nodes.as_ref().map(|nodes| nodes.state.read()));
-        parts.extend(sparse.whole.as_ref().map(|whole| whole.state.read()));
-        let work = || finish(stream, tables, &parts, &io.out, FinishStart::AfterAll);
+        let work = || finish(stream, tables, &parts[..num], &io.out, FinishStart::AfterAll);
         shared.clock.time(Stage::Finish, stream, work)
     }
 

@@ -6,7 +6,6 @@ use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Graph, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{
     BatchEntry, CHUNK_ROWS, DeviceTensor, Ingest, PageSource, SequencePlace, Tables, build_pages, ingest,
-    refill,
 };
 
 use super::ahead::AheadStreams;
@@ -542,23 +541,6 @@ impl<E: DeviceElem> GpuEngine<E> {
         self.sequences.write_async(open.index, &[place], stream)?;
         self.refill_ring(seq, stream)?;
         self.forget_slots_on(&place, stream)
-    }
-
-    /// Brings the newest rows of a sequence with slots from host memory into its ring, in every layer.
-    pub(super) fn refill_ring(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
-        let shape = self.plan.shape;
-        let open = self.places.get(seq)?;
-        for (memory, &stored) in self.layers.iter_mut().zip(&open.tokens) {
-            let tables = Tables {
-                shape,
-                batch: self.batch.view(),
-                sequences: self.sequences.view(),
-                chunks: memory.chunks.view(),
-            };
-            let run = stored.saturating_sub(shape.ring).max(shape.sinks.min(stored))..stored;
-            refill(stream, &tables, (open.index, run), memory.kv.view_mut())?;
-        }
-        Ok(())
     }
 
     /// The spreads of a sequence's pages are summed up anew.

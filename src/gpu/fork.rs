@@ -2,7 +2,7 @@
 
 use floe_cuda::device::Stream;
 use floe_cuda::ops::DeviceElem;
-use floe_cuda::ops::cache::{CHUNK_ROWS, SequencePlace, Tables, refill};
+use floe_cuda::ops::cache::{CHUNK_ROWS, SequencePlace};
 
 use super::engine::{GpuEngine, published};
 use super::places::chunks_of;
@@ -108,23 +108,6 @@ impl<E: DeviceElem> GpuEngine<E> {
             }
         }
         Ok(())
-    }
-
-    /// Every row that a sequence keeps in its place, from host memory.
-    fn refill_all(&mut self, seq: SeqId, stream: &Stream) -> Result<()> {
-        let shape = self.plan.shape;
-        let open = self.places.get(seq)?;
-        for (memory, &stored) in self.layers.iter_mut().zip(&open.tokens) {
-            let tables = Tables {
-                shape,
-                batch: self.batch.view(),
-                sequences: self.sequences.view(),
-                chunks: memory.chunks.view(),
-            };
-            let first = if open.is_dense() { stored } else { stored.min(shape.sinks) };
-            refill(stream, &tables, (open.index, 0..first), memory.kv.view_mut())?;
-        }
-        if open.is_dense() { Ok(()) } else { self.refill_ring(seq, stream) }
     }
 
     /// After a truncation: what will be written next must be nobody else's. Waits for the device when that takes a copy.

@@ -9,6 +9,7 @@ use floe_cuda::ops::cache::CHUNK_ROWS;
 
 use super::clock::StageSpan;
 use super::engine::GpuEngine;
+use super::host::Chunk;
 use super::layer::LayerMemory;
 use super::report::{GpuMemory, GpuReport, LastStep};
 use crate::error::{Error, Result};
@@ -34,11 +35,15 @@ impl<E: DeviceElem> GpuEngine<E> {
             return Err(Error::config("token", token, format!("the layer holds {stored} tokens")));
         }
         self.device.synchronize()?;
-        let chunk = self.places.get(seq)?.chunks[layer.0][token / CHUNK_ROWS];
+        Ok(self.host_row(&self.places.get(seq)?.chunks[layer.0], (head, token)).collect())
+    }
+
+    /// Key and value `[2 * head_dim]` of a token of a kv head in the chunks of its layer.
+    fn host_row(&self, chunks: &[Chunk], (head, token): (usize, usize)) -> impl Iterator<Item = E> {
         let bytes = self.plan.shape.row_len() * size_of::<E>();
         let start = (head * CHUNK_ROWS + token % CHUNK_ROWS) * bytes;
-        let bytes = self.host.bytes(chunk, start..start + bytes);
-        Ok(bytes.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned).collect())
+        let row = self.host.bytes(chunks[token / CHUNK_ROWS], start..start + bytes);
+        row.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned)
     }
 
     /// Stored keys and values of a layer `[tokens, num_kv_heads, head_dim]` as f32, read in host memory: the warm tier holds every row.
@@ -57,16 +62,11 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         self.device.synchronize()?;
         let (shape, chunks) = (self.plan.shape, &self.places.get(seq)?.chunks[layer.0]);
-        let bytes = shape.row_len() * size_of::<E>();
         let mut rows = [(); 2].map(|()| Vec::with_capacity(tokens.len() * shape.heads * shape.head_dim));
         for token in tokens {
             for head in 0..shape.heads {
-                let start = (head * CHUNK_ROWS + token % CHUNK_ROWS) * bytes;
-                let row = self.host.bytes(chunks[token / CHUNK_ROWS], start..start + bytes);
-                for (half, rows) in row.chunks_exact(bytes / 2).zip(&mut rows) {
-                    let elements = half.chunks_exact(size_of::<E>()).map(bytemuck::pod_read_unaligned::<E>);
-                    rows.extend(elements.map(KvElem::to_f32));
-                }
+                let mut row = self.host_row(chunks, (head, token)).map(KvElem::to_f32);
+                rows.iter_mut().for_each(|rows| rows.extend(row.by_ref().take(shape.head_dim)));
             }
         }
         Ok(rows)

@@ -54,6 +54,7 @@ mod options;
 mod persist;
 mod places;
 mod profile;
+mod refill;
 mod report;
 mod runs;
 mod standing;

@@ -57,23 +57,25 @@ impl<E: DeviceElem> GpuBackend<E> {
 
     /// The stored tokens in host memory, for exact attention of more prompt tokens.
     fn prompt(&mut self) -> HostResult<&mut FloeBackend> {
-        if self.prompt.is_none() {
-            let hot = HotConfig { slots: 0, ..self.config.hot };
-            let config = Config { policy: Policy::full(), hot, ..self.config.clone() };
-            let mut copy = FloeBackend::open(config)?;
-            let heads = self.config.heads;
-            let shape = [self.num_tokens, heads.num_kv_heads(), heads.head_dim()];
-            for layer in (0..self.config.num_layers).map(LayerId).filter(|_| self.num_tokens > 0) {
-                let [k, v] = self.engine.rows_host(self.seq, layer, 0..self.num_tokens)?;
-                let (k, v) = (TensorView::contiguous(&k[..], shape)?, TensorView::contiguous(&v[..], shape)?);
-                copy.append(layer, (&k, &v))?;
-            }
-            self.prompt = Some(copy);
+        let prompt = match self.prompt.take() {
+            Some(prompt) => prompt,
+            None => self.copy_stored()?,
+        };
+        Ok(self.prompt.insert(prompt))
+    }
+
+    fn copy_stored(&self) -> HostResult<FloeBackend> {
+        let hot = HotConfig { slots: 0, ..self.config.hot };
+        let config = Config { policy: Policy::full(), hot, ..self.config.clone() };
+        let mut copy = FloeBackend::open(config)?;
+        let heads = self.config.heads;
+        let shape = [self.num_tokens, heads.num_kv_heads(), heads.head_dim()];
+        for layer in (0..self.config.num_layers).map(LayerId).filter(|_| self.num_tokens > 0) {
+            let [k, v] = self.engine.rows_host(self.seq, layer, 0..self.num_tokens)?;
+            let (k, v) = (TensorView::contiguous(&k[..], shape)?, TensorView::contiguous(&v[..], shape)?);
+            copy.append(layer, (&k, &v))?;
         }
-        match &mut self.prompt {
-            Some(prompt) => Ok(prompt),
-            None => Err(super::HostError::Backend("the copy for the prompt was just made".into())),
-        }
+        Ok(copy)
     }
 
     /// One token of one layer.

@@ -52,6 +52,32 @@ impl Stage<'_> {
         }
     }
 
+    /// One token of each sequence in one layer; its outputs, [sequences, query heads, D].
+    pub fn attend(&mut self, (sequences, layer): (&[SeqId], LayerId), rows: [&[bf16]; 3]) -> Vec<f32> {
+        let b = sequences.len();
+        let positions: Vec<usize> =
+            sequences.iter().map(|&seq| self.engine.num_tokens(seq, layer).unwrap()).collect();
+        let [q, k, v] = rows;
+        let held = [
+            Held::new(self.world, q, [b, HEADS * GROUP, D]),
+            Held::new(self.world, k, [b, HEADS, D]),
+            Held::new(self.world, v, [b, HEADS, D]),
+        ];
+        let out = Output::new(self.world, [b, HEADS * GROUP, D]);
+        let step = LayerStep {
+            layer,
+            sequences,
+            positions: &positions,
+            q: held[0].tensor(),
+            k_new: held[1].tensor(),
+            v_new: held[2].tensor(),
+            scale: 0.3,
+            out: out.tensor(),
+        };
+        self.engine.attend(&step, &self.world.stream).unwrap();
+        out.read(self.world)
+    }
+
     /// One step of layer 0 (and of layer 1, whose output nobody looks at); largest error against full attention.
     pub fn step(&mut self, stories: &mut [&mut Story]) -> f64 {
         let b = stories.len();
@@ -59,29 +85,8 @@ impl Stage<'_> {
         for layer in 0..2 {
             let q = self.random.normals(b * HEADS * GROUP * D);
             let (k, v) = (self.random.normals(b * HEADS * D), self.random.normals(b * HEADS * D));
-            let positions: Vec<usize> = stories
-                .iter()
-                .map(|story| self.engine.num_tokens(story.seq, LayerId(layer)).unwrap())
-                .collect();
             let sequences: Vec<SeqId> = stories.iter().map(|story| story.seq).collect();
-            let held = [
-                Held::new(self.world, &q, [b, HEADS * GROUP, D]),
-                Held::new(self.world, &k, [b, HEADS, D]),
-                Held::new(self.world, &v, [b, HEADS, D]),
-            ];
-            let out = Output::new(self.world, [b, HEADS * GROUP, D]);
-            let step = LayerStep {
-                layer: LayerId(layer),
-                sequences: &sequences,
-                positions: &positions,
-                q: held[0].tensor(),
-                k_new: held[1].tensor(),
-                v_new: held[2].tensor(),
-                scale: 0.3,
-                out: out.tensor(),
-            };
-            self.engine.attend(&step, &self.world.stream).unwrap();
-            let out = out.read(self.world);
+            let out = self.attend((&sequences, LayerId(layer)), [&q, &k, &v]);
             if layer > 0 {
                 continue;
             }

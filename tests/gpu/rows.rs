@@ -1,11 +1,11 @@
 //! Stored rows that come back: gathered, forked, saved and restored.
 
-use floe::gpu::{LayerStep, Prefer};
+use floe::gpu::Prefer;
 use floe::{Config, Engine, Error, HeadShape, KvDtype, LayerId, SeqId, TensorView};
 use half::bf16;
 
 use crate::lifetime::{CLOSE, D, GROUP, HEADS, Stage, Story, stage};
-use crate::world::{Held, Output, world};
+use crate::world::{Held, world};
 
 /// All of a sequence fits densely; or it has sinks, a ring and slots.
 const PLACES: [(usize, Prefer); 2] = [(8192, Prefer::Exact), (2064, Prefer::Speed)];
@@ -42,23 +42,9 @@ fn same_step(stage: &mut Stage<'_>, stories: &mut [Story; 2]) -> Vec<f32> {
     };
     let mut first = Vec::new();
     for layer in [0, 1] {
-        let twice = |x: &[bf16], heads| Held::new(stage.world, &[x, x].concat(), [2, heads, D]);
-        let held = [twice(&q, HEADS * GROUP), twice(&k, HEADS), twice(&v, HEADS)];
-        let out = Output::new(stage.world, [2, HEADS * GROUP, D]);
+        let [q, k, v] = [&q, &k, &v].map(|x| [&x[..], &x[..]].concat());
         let sequences = [stories[0].seq, stories[1].seq];
-        let positions = sequences.map(|seq| stage.engine.num_tokens(seq, LayerId(layer)).unwrap());
-        let step = LayerStep {
-            layer: LayerId(layer),
-            sequences: &sequences,
-            positions: &positions,
-            q: held[0].tensor(),
-            k_new: held[1].tensor(),
-            v_new: held[2].tensor(),
-            scale: 0.3,
-            out: out.tensor(),
-        };
-        stage.engine.attend(&step, &stage.world.stream).unwrap();
-        let out = out.read(stage.world);
+        let out = stage.attend((&sequences, LayerId(layer)), [&q, &k, &v]);
         let (one, other) = out.split_at(HEADS * GROUP * D);
         assert!(one.iter().all(|x| x.is_finite()));
         assert_eq!(one, other, "layer {layer}");

@@ -13,6 +13,22 @@ use super::stream::Stream;
 use crate::KernelError;
 use crate::rows::{check_len, check_range};
 
+/// Queues a copy of elements of `T`: of each side the address of its first element, and which ones.
+///
+/// # Safety
+/// The device that is bound reaches both ranges, which do not overlap, until the copy is done.
+unsafe fn queue_copy<T>(
+    (target, to): (u64, usize),
+    (source, from): (u64, Range<usize>),
+    stream: &Stream,
+) -> Result<(), DeviceError> {
+    let size = size_of::<T>();
+    let (target, source) = (target + (to * size) as u64, source + (from.start * size) as u64);
+    // SAFETY: as the caller says.
+    unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
+        .named("cuMemcpyDtoDAsync")
+}
+
 /// Elements in device memory, owned.
 #[derive(Debug)]
 pub struct DeviceBuffer<T> {
@@ -258,12 +274,8 @@ impl<T: Pod> DeviceBuffer<T> {
         check_range(&from, other.len)?;
         check_range(&(to..to.saturating_add(from.len())), self.len)?;
         self.device.bind()?;
-        let size = size_of::<T>();
-        let (target, source) =
-            (self.address + (to * size) as u64, other.address + (from.start * size) as u64);
         // SAFETY: both ranges lie in their allocations, which are different ones.
-        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
-            .named("cuMemcpyDtoDAsync")
+        unsafe { queue_copy::<T>((self.address, to), (other.address, from), stream) }
     }
 
     /// Queues a copy of a part of the buffer to its elements from `to` on.
@@ -278,11 +290,8 @@ impl<T: Pod> DeviceBuffer<T> {
             return Err(DeviceError::Unsupported { field: "to", value: to, expected });
         }
         self.device.bind()?;
-        let size = size_of::<T>();
-        let (target, source) = (self.address + (to * size) as u64, self.address + (from.start * size) as u64);
         // SAFETY: both ranges lie in the allocation and share no element.
-        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
-            .named("cuMemcpyDtoDAsync")
+        unsafe { queue_copy::<T>((self.address, to), (self.address, from), stream) }
     }
 
     /// Queues a fill of a range with one byte.
@@ -404,12 +413,8 @@ impl<T: Pod> PinnedBuffer<T> {
         check_range(&from, other.len)?;
         check_range(&(to..to.saturating_add(from.len())), self.len)?;
         self.device.bind()?;
-        let size = size_of::<T>();
-        let (target, source) =
-            (self.address + (to * size) as u64, other.address + (from.start * size) as u64);
         // SAFETY: both ranges lie in their allocations, as the device sees them.
-        unsafe { result::memcpy_dtod_async(target, source, from.len() * size, stream.raw()) }
-            .named("cuMemcpyDtoDAsync")
+        unsafe { queue_copy::<T>((self.address, to), (other.address, from), stream) }
     }
 
     /// An element as it is now, which kernels may be writing; `None` beyond the last.

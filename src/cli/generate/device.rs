@@ -7,7 +7,7 @@ use floe::host::{GpuBackend, HostError, Model, Sampler};
 use floe_cuda::ops::DeviceElem;
 use half::{bf16, f16};
 
-use super::{DtypeArg, GenerateArgs, answer, print_times};
+use super::{DtypeArg, GenerateArgs, answer, print_doubt, print_times};
 
 /// Slots of a kv head where the user names no number, for each token that a step attends.
 const SLOTS_PER_TOKEN: usize = 4;
@@ -49,13 +49,7 @@ fn run_as<E: DeviceElem>(
         100.0 * report.exact_steps as f64 / report.steps.max(1) as f64,
         report.rule,
     )?;
-    if report.head_steps_in_doubt > 0 {
-        writeln!(
-            stderr,
-            "exact    {:.1} % of the heads' steps attended everything: estimates too coarse there (max_doubt)",
-            100.0 * report.doubt_rate(),
-        )?;
-    }
+    print_doubt(report.doubt_rate())?;
     writeln!(
         stderr,
         "hot      hit rate {:.1} %, {:.2} MB a token moved",

@@ -289,6 +289,18 @@ fn print_times(times: &Times) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `share` of the heads' steps; nothing where none was in doubt.
+fn print_doubt(share: f64) -> io::Result<()> {
+    if share == 0.0 {
+        return Ok(());
+    }
+    writeln!(
+        io::stderr(),
+        "exact    {:.1} % of the heads' steps attended everything: estimates too coarse there (max_doubt)",
+        100.0 * share,
+    )
+}
+
 fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow::Result<()> {
     print_times(times)?;
     let mut stderr = io::stderr().lock();
@@ -304,13 +316,8 @@ fn summary(times: &Times, read: Option<(ReadCounters, usize, usize)>) -> anyhow:
             per_step(read.full_kv_bytes),
             read.full_kv_bytes as f64 / both.max(1) as f64,
         )?;
-        if let (doubted @ 1.., all) = read.doubted {
-            writeln!(
-                stderr,
-                "exact    {:.1} % of the heads' steps attended everything: estimates too coarse there (max_doubt)",
-                100.0 * doubted as f64 / all as f64,
-            )?;
-        }
+        let (doubted, all) = read.doubted;
+        print_doubt(doubted as f64 / all.max(1) as f64)?;
         let asked = read.fetched;
         match asked.requests {
             0 => writeln!(
