@@ -4,8 +4,9 @@
 //
 //   dense    | token 0 | token 1 | ...                                     |    rows_each rows
 //   slots    | sinks            | ring: token t at t % ring | slots ...    |
+//   span     | ring: token t at t % ring                                    |    no sinks, no slots
 //
-// The ring holds the newest tokens. Every row also lies in page-locked host memory, in chunks of 256 rows a head. Pages are runs
+// The ring holds the newest tokens. Of a dense sequence that is longer than its rows the first tokens have theirs. Every row also lies in page-locked host memory, in chunks of 256 rows a head. Pages are runs
 // of 16 tokens; those with a token among the newest `window` are not published, their tokens are always attended.
 #pragma once
 #include "tile.cuh"
@@ -31,7 +32,7 @@ struct BatchEntry {
     uint32_t sequence; // index of its SequencePlace
     uint32_t tokens;   // the step's own included; 0 = nobody here
     uint32_t tick;     // of this step, above those before
-    uint32_t exact;    // 1 = attends all tokens, 0 = what is selected; 1 only where the sequence is DENSE
+    uint32_t exact;    // 1 = attends all tokens, of a span those in its ring; 0 = what is selected
 };
 
 // Mirrored by `ops::cache::Cache`.
@@ -64,7 +65,7 @@ __device__ __forceinline__ uint32_t published(const Cache &c, uint32_t tokens) {
     return tokens > c.window + 1 ? (tokens - 1 - c.window) / 16 : 0;
 }
 
-// Row of a token that is in its place: any of a dense sequence, else a sink or one of the newest `ring`.
+// Row of a token that is in its place: one of the first of a dense sequence, else a sink or one of the newest `ring`.
 __device__ __forceinline__ uint32_t row_of(const Cache &c, const SequencePlace &s, uint32_t head, uint32_t token) {
     const uint32_t base = s.rows + head * s.rows_each;
     return base + (s.slots == DENSE || token < c.sinks ? token : c.sinks + token % c.ring);
@@ -72,7 +73,7 @@ __device__ __forceinline__ uint32_t row_of(const Cache &c, const SequencePlace &
 
 // Whether `row_of` of a token belongs to it once `tokens` are stored.
 __device__ __forceinline__ bool in_place(const Cache &c, const SequencePlace &s, uint32_t token, uint32_t tokens) {
-    return s.slots == DENSE || token < c.sinks || token + c.ring >= tokens;
+    return s.slots == DENSE ? token < s.rows_each : token < c.sinks || token + c.ring >= tokens;
 }
 
 // Word of a kv head's first token in lists of tokens and tables by token.

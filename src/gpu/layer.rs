@@ -9,7 +9,9 @@ use floe_cuda::ops::cache::{PageSketch, Pages, SequencePlace, Slots};
 use half::f16;
 
 use super::ahead::AheadMemory;
-use super::options::{GpuOptions, Plan};
+use super::classes::LayerClass;
+use super::options::GpuOptions;
+use super::places::chunks_of;
 use super::standing::NodeMemory;
 
 /// Rows, summaries and slots of one layer, all sequences together.
@@ -100,21 +102,22 @@ impl DoubtMemory {
 }
 
 impl<E: DeviceElem> LayerMemory<E> {
+    /// Of a layer of a class.
     pub(super) fn new(
         device: &Device,
-        plan: &Plan,
+        class: &LayerClass,
         options: &GpuOptions,
-        chunks: usize,
     ) -> Result<Self, DeviceError> {
+        let (plan, chunks) = (&class.plan, chunks_of(options.max_tokens));
         let (dim, heads) = (plan.shape.head_dim, plan.shape.heads);
         let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
         let bits = plan.bits;
         let sketched = |bits: usize| if bits > 0 { pages } else { 0 };
-        let rows = if plan.exact { 0 } else { options.rows };
+        let rows = if plan.exact { 0 } else { class.rows };
         let items = options.max_batch.next_power_of_two() * heads;
         let ahead = || AheadMemory::new(device, plan, items);
         let mut memory = Self {
-            kv: DeviceBuffer::zeros(device, options.rows * 2 * dim)?,
+            kv: DeviceBuffer::zeros(device, class.rows * 2 * dim)?,
             chunks: DeviceBuffer::zeros(device, options.max_sequences * chunks)?,
             pages: PageMemory {
                 mean_keys: DeviceBuffer::zeros(device, pages * dim)?,

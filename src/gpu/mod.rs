@@ -39,6 +39,7 @@
 
 mod ahead;
 mod chain;
+mod classes;
 mod clock;
 mod cost;
 mod engine;
@@ -56,10 +57,13 @@ mod places;
 mod profile;
 mod refill;
 mod report;
+mod room;
 mod runs;
+mod sequences;
 mod standing;
 mod tree;
 mod trees;
+mod whole;
 
 pub use clock::{Stage, StageSpan};
 pub use cost::{CostModel, Load};

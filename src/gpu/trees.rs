@@ -17,6 +17,7 @@ use floe_cuda::ops::cache::{BatchEntry, CacheShape, Tables, TreePage, TreePages,
 use rayon::ThreadPool;
 
 use super::chain::ChainShape;
+use super::classes::POLICY;
 use super::engine::{GpuEngine, published};
 use super::nodes::NodeUpdate;
 use super::options::{GpuOptions, Plan};
@@ -251,7 +252,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         let tables = Tables {
             shape: self.plan.shape,
             batch: self.batch.view(),
-            sequences: self.sequences.view(),
+            sequences: self.sequences[POLICY].view(),
             chunks: memory.chunks.view(),
         };
         for part in pages.chunks(LISTED) {

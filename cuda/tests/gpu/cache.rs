@@ -387,6 +387,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 row_first: row_first.view_mut(),
                 row_end: row_end.view_mut(),
             },
+            beyond: None,
             num_fetch: num_fetch.view_mut(),
             num_ahead: None,
             tree_pages: None,

@@ -85,8 +85,12 @@ impl<E: KvElem> HostCache<E> {
         }
     }
 
-    /// Copies a row from host memory to its place.
+    /// Copies a row from host memory to its place, if it has one.
     pub fn place(&mut self, sequence: usize, head: usize, token: usize) {
+        let place = &self.places[sequence];
+        if place.slots == SequencePlace::DENSE && token >= place.rows_each as usize {
+            return;
+        }
         let (at, len) = (self.row_of(sequence, head, token), self.shape.row_len());
         if let Some(row) = self.warm.get(&(sequence, head, token)) {
             self.kv[at * len..(at + 1) * len].copy_from_slice(row);
