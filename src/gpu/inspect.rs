@@ -179,8 +179,6 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// Bytes of a page's summaries, codes and scales on the device: what a step reads of each published page.
     #[must_use]
     pub fn page_bytes(&self) -> usize {
-        let (dim, [key, value]) = (self.plan.shape.head_dim, self.plan.bits);
-        let codes = |bits: usize| if bits > 0 { 2 * bits * dim + 32 } else { 0 };
-        2 * dim * size_of::<E>() + 4 + codes(key) + codes(value)
+        self.plan.page_bytes(size_of::<E>())
     }
 }

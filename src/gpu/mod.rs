@@ -43,6 +43,7 @@ mod classes;
 mod clock;
 mod cost;
 mod engine;
+mod fit;
 mod fork;
 mod gather;
 mod host;

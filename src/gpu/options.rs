@@ -117,7 +117,11 @@ impl GpuOptions {
             max_tokens: tokens,
             max_batch: sequences,
             rows: sequences * heads * rows,
-            dense_rows: if config.dense_layers > 0 { sequences * heads * padded } else { 0 },
+            dense_rows: match config.dense_layers {
+                0 => 0,
+                _ if config.policy.is_exact() => 0,
+                _ => sequences * heads * padded,
+            },
             page_tokens: sequences * heads * pages * PAGE_TOKENS,
             host_bytes: usize::MAX,
             prefer: Prefer::default(),
@@ -313,6 +317,19 @@ impl Plan {
             slots: 0,
             ..*self
         }
+    }
+
+    /// Bytes of a page's summaries, codes and scales where rows have elements of so many bytes.
+    pub(super) const fn page_bytes(&self, element: usize) -> usize {
+        let mut bytes = 2 * self.shape.head_dim * element + 4;
+        let mut part = 0;
+        while part < 2 {
+            if self.bits[part] > 0 {
+                bytes += 2 * self.bits[part] * self.shape.head_dim + 32;
+            }
+            part += 1;
+        }
+        bytes
     }
 
     /// Whether tokens are selected, by their sketches; else pages.

@@ -45,10 +45,18 @@ fn pass(rng: &mut ChaCha8Rng, both: [&mut dyn KvBackend; 2], phase: Phase, token
 #[test]
 fn prompts_answers_and_second_questions_are_those_of_the_cpu() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
-    // Slots only: sparse steps of a full policy do not exist, so all rows are kept there.
-    for (policy, keep_all, most) in [("full", true, 2e-3), ("pagemean:sketch=k2v1,tail=page", false, 0.1)] {
-        let mut cpu = FloeBackend::open(config(policy)).unwrap();
-        let mut gpu = GpuBackend::<f16>::open(config(policy), 2048, keep_all).unwrap();
+    let sketch = "pagemean:sketch=k2v1,tail=page";
+    // Without all rows on the device a full policy reads the rest in host memory.
+    let plain = [("full", true, 2e-3), ("full", false, 2e-3), (sketch, false, 0.1)];
+    let plain = plain.map(|(policy, keep_all, most)| (config(policy), keep_all, most));
+    // A layer of a span before one that selects, as in Gemma 3, or behind a dense one.
+    let gemma = Config { spans: vec![Some(300), None], ..config(sketch) };
+    let dense = Config { spans: vec![None, Some(90)], dense_layers: 1, ..config(sketch) };
+    let limited = [(gemma, false, 0.1), (dense, false, 2e-3)];
+    for (config, keep_all, most) in plain.into_iter().chain(limited) {
+        let exact = config.policy.is_exact() || config.dense_layers > 0;
+        let mut cpu = FloeBackend::open(config.clone()).unwrap();
+        let mut gpu = GpuBackend::<f16>::open(config.clone(), 2048, keep_all).unwrap();
         for tokens in [600, 300] {
             assert!(pass(&mut rng, [&mut cpu, &mut gpu], Phase::Prefill, tokens) < 2e-3);
         }
@@ -62,7 +70,9 @@ fn prompts_answers_and_second_questions_are_those_of_the_cpu() {
         gpu.truncate(890).unwrap();
         assert!(pass(&mut rng, [&mut cpu, &mut gpu], Phase::Prefill, 40) < 2e-3);
         worst = worst.max(pass(&mut rng, [&mut cpu, &mut gpu], Phase::Decode, 3));
-        assert!(worst < most, "{policy}: {worst}");
-        assert_eq!(gpu.report().unwrap().exact_steps > 0, keep_all);
+        assert!(worst < most, "{config:?}: {worst}");
+        let report = gpu.report().unwrap();
+        assert_eq!(report.exact_steps == report.steps, exact, "{config:?}");
+        assert_eq!(report.link_steps > 0, config.policy.is_exact() && !keep_all, "{config:?}");
     }
 }
