@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import _floe
 from .rows import Plan, Tensors, row_file, torch_dtype
-
-#: What the device runs for the policy `floe`: the same idea over consecutive pages, which it can score all at once.
-DEVICE_FLOE = "pagemean:sketch=k1,tail=page"
 
 _SETTINGS = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim", "policy", "budget", "sinks", "window", "seed")
 
@@ -35,9 +31,6 @@ class CudaRows:
         unknown = [name for name in settings if name not in _SETTINGS]
         if unknown:
             raise ValueError(f"config field `{unknown[0]}`: has no meaning on a CUDA device")
-        if settings["policy"] == "floe":
-            warnings.warn(f"policy `floe` is `{DEVICE_FLOE}` on a CUDA device", stacklevel=2)
-            settings["policy"] = DEVICE_FLOE
         self.device = device
         self.dtype = torch_dtype(dtype)
         self.engine = _floe.CudaEngine(
@@ -103,6 +96,9 @@ class CudaRows:
                 else:
                     out[row].index_copy_(0, real, attended)
             self.engine.prefill(sequence, layer, k[0].transpose(0, 1), v[0].transpose(0, 1), stream=stream)
+            if plan.first:
+                # Threads of the host build this layer's trees while the device goes on with the next layers.
+                self.engine.index(sequence, layer, stream=stream)
         return out.contiguous()
 
     def _after_stored(
