@@ -215,11 +215,19 @@ def test_settings_without_meaning_are_refused(on_device, settings, text):
 
 def test_a_layer_is_indexed_once_its_prompt_is_stored(on_device):
     model = enable(build("llama"))
-    cache = FloeCache(model.config, budget=128, sinks=16)
+    cache = FloeCache(model.config, policy="floe:sketch=k2v1", budget=128, sinks=16)
     model.generate(prompt(1, 20), past_key_values=cache, max_new_tokens=2)
     engine = cache._rows.engine
-    assert engine.hot_slots == 512 and engine.engine.config["policy"] == "floe"
+    assert engine.hot_slots == 512 and engine.engine.config["policy"] == "floe:sketch=k2v1"
     assert engine.indexed == [(0, layer, 20) for layer in range(engine.layers)]
+
+
+def test_floe_says_what_it_is_on_a_device(on_device):
+    model = enable(build("llama"))
+    cache = FloeCache(model.config, budget=128, sinks=16)
+    with pytest.warns(UserWarning, match="policy `floe` is `pagemean:sketch=k1,tail=page` on a CUDA device"):
+        model.generate(prompt(1, 20), past_key_values=cache, max_new_tokens=2)
+    assert cache._rows.engine.engine.config["policy"].startswith("pagemean")
 
 
 def test_a_build_without_the_feature_says_so(monkeypatch):
