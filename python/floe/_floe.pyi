@@ -159,7 +159,8 @@ class CudaEngine:
 
     Args:
         device: number of the device.
-        policy: `full` or `pagemean` with at most two bits of a key; tokens by a sketch, pages (`unit=page`) without.
+        policy: `full`, `floe` or `pagemean`, with at most two bits of a key; `pagemean` picks tokens by a sketch, pages
+            (`unit=page`) without.
         hot_slots: rows of each kv head that stay on the device beside sinks and newest tokens.
         max_sequences, max_tokens: of a sequence; their summaries are allocated at once.
         resident: part of the keys and values for which there is room on the device.
@@ -192,6 +193,9 @@ class CudaEngine:
         """Opens an empty sequence; its number."""
     def prefill(self, sequence: int, layer: int, k: SupportsDlpack, v: SupportsDlpack, *, stream: int) -> None:
         """Appends keys and values [tokens, num_kv_heads, head_dim] of a prompt."""
+    def index(self, sequence: int, layer: int, *, stream: int) -> None:
+        """Has threads of the host build a layer's page trees over what is stored in it; else its first sparse step does, and waits.
+        Nothing to do where the policy has no trees."""
     def gather(
         self, sequence: int, layer: int, first: int, k: SupportsDlpack, v: SupportsDlpack, *, stream: int
     ) -> None:

@@ -151,6 +151,18 @@ impl PyCudaEngine {
         })
     }
 
+    /// Begins to build the page trees of a layer over the tokens stored in it, once the work queued on `stream` is done; nothing
+    /// where the policy has none.
+    #[pyo3(signature = (sequence, layer, *, stream))]
+    fn index(&self, py: Python<'_>, sequence: usize, layer: usize, stream: usize) -> PyResult<()> {
+        py.detach(|| {
+            let mut state = self.state.lock();
+            let id = state.sequence(sequence)?;
+            let stream = HostStream(stream).borrow(&self.device);
+            of_either!(&mut state.engine, engine => engine.index(id, LayerId(layer), &stream)).or_py_err()
+        })
+    }
+
     /// Copies stored keys and values from position `first` on, as many as the tensors hold; queued on `stream`.
     #[pyo3(signature = (sequence, layer, first, k, v, *, stream))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]

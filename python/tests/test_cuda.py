@@ -79,20 +79,21 @@ def test_full_is_as_close_to_f32_as_sdpa_is(name, padded):
     assert cache.memory()["device_rows_bytes"] > 0
 
 
-def test_a_sparse_policy_is_as_good_as_on_the_cpu():
+@pytest.mark.parametrize("policy", ["pagemean:sketch=k1,tail=page", "floe:sketch=k2v1"])
+def test_a_sparse_policy_is_as_good_as_on_the_cpu(policy):
     ids, model = prompt(2, 4020), enable(build("llama"))
     full = forced(model, ids, 4000)
-    device = FloeCache(model.config, policy="floe", budget=256, max_tokens=4352)
-    with pytest.warns(UserWarning, match="policy `floe` is `pagemean:sketch=k1,tail=page` on a CUDA device"):
-        ours = forced(model, ids, 4000, cache=device)
+    device = FloeCache(model.config, policy=policy, budget=256, max_tokens=4352)
+    ours = forced(model, ids, 4000, cache=device)
     model.cpu()
-    host = {}
-    for policy in ("pagemean:sketch=k1,tail=page", "window"):
-        cache = FloeCache(model.config, policy=policy, budget=256)
-        host[policy] = (forced(model, ids.cpu(), 4000, cache=cache).cuda() - full).norm()
-    error = (ours - full).norm()
-    assert error < 1.15 * host["pagemean:sketch=k1,tail=page"]
-    assert error < host["window"]
+    host = []
+    for name in (policy, "window"):
+        cache = FloeCache(model.config, policy=name, budget=256)
+        host.append((forced(model, ids.cpu(), 4000, cache=cache).cuda() - full).norm())
+    error, (same, window) = (ours - full).norm(), host
+    print(f"{policy}: error {error:.4f} on the device, {same:.4f} on the CPU, window {window:.4f}")
+    assert error < 1.15 * same
+    assert error < window
     metrics = device.metrics()[0]
     assert metrics["steps"] == 3 * 20 and metrics["exact_steps"] == 0
     assert 0 < metrics["hit_rate"] < 1
@@ -128,7 +129,7 @@ def test_generate_gives_the_same_tokens_as_sdpa_when_everything_is_resident():
 
 
 #: Rows of the cache that stay on the device: sinks, newest tokens and slots; or all of them.
-RESIDENT = [("pagemean:sketch=k1,tail=page", 0.0), ("full", 1.0)]
+RESIDENT = [("pagemean:sketch=k1,tail=page", 0.0), ("floe:sketch=k2v1", 0.0), ("full", 1.0)]
 
 
 @pytest.mark.parametrize(("policy", "resident"), RESIDENT)
@@ -175,7 +176,8 @@ def test_beams_and_saved_caches_go_on_as_copies_of_the_prompt_would(policy, resi
             token = torch.stack([ids[0, i], ids[1, i]])[:, None]
             logits = [model(input_ids=token, past_key_values=cache).logits.float() for cache in caches]
             for other in logits[1:]:
-                assert (other - logits[0]).norm() < 0.02 * logits[0].norm()
+                # A restored row's tree is built anew, all tokens at once, and errs in other places.
+                assert (other - logits[0]).norm() < (0.1 if policy.startswith("floe") else 0.02) * logits[0].norm()
     assert not torch.equal(logits[0][0], logits[0][1])
 
 

@@ -28,6 +28,8 @@ class StandIn:
         #: Keys and values of each sequence and layer, to be gathered.
         self.stored = []
         self.hot_slots, self.most, self.layers = hot_slots, max_sequences, num_layers
+        #: Sequence, layer and number of tokens.
+        self.indexed = []
 
     def insert(self, sequence, stored=None):
         assert sum(other is not None for other in self.sequences) < self.most
@@ -48,6 +50,9 @@ class StandIn:
     def prefill(self, sequence, layer, k, v, *, stream):
         self.sequences[sequence].append(layer, k, v)
         self.store(sequence, layer, k, v)
+
+    def index(self, sequence, layer, *, stream):
+        self.indexed.append((sequence, layer, self.num_tokens(sequence, layer)))
 
     def gather(self, sequence, layer, first, k, v, *, stream):
         for to, rows in zip((k, v), self.stored[sequence][layer]):
@@ -208,12 +213,21 @@ def test_settings_without_meaning_are_refused(on_device, settings, text):
         model.generate(prompt(1, 20), past_key_values=FloeCache(model.config, policy="full", **settings), max_new_tokens=2)
 
 
+def test_a_layer_is_indexed_once_its_prompt_is_stored(on_device):
+    model = enable(build("llama"))
+    cache = FloeCache(model.config, policy="floe:sketch=k2v1", budget=128, sinks=16)
+    model.generate(prompt(1, 20), past_key_values=cache, max_new_tokens=2)
+    engine = cache._rows.engine
+    assert engine.hot_slots == 512 and engine.engine.config["policy"] == "floe:sketch=k2v1"
+    assert engine.indexed == [(0, layer, 20) for layer in range(engine.layers)]
+
+
 def test_floe_says_what_it_is_on_a_device(on_device):
     model = enable(build("llama"))
     cache = FloeCache(model.config, budget=128, sinks=16)
     with pytest.warns(UserWarning, match="policy `floe` is `pagemean:sketch=k1,tail=page` on a CUDA device"):
         model.generate(prompt(1, 20), past_key_values=cache, max_new_tokens=2)
-    assert cache._rows.engine.hot_slots == 512
+    assert cache._rows.engine.engine.config["policy"].startswith("pagemean")
 
 
 def test_a_build_without_the_feature_says_so(monkeypatch):

@@ -34,9 +34,9 @@ pub enum TailPlace {
 /// Where it is chosen which pages of trees a step may select from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Placement {
-    /// On the device where the summaries of all pages fit, else on the host ([`super::GpuReport::rule`] says which it is). At batch 1
-    /// the device's way was 2.6 times faster at 128K tokens and 6 times at 1M where both fit; batches and fewer cores cost the host
-    /// more (bench/README.md, engine on the device).
+    /// On the device where the summaries of all pages fit, else on the host ([`super::GpuReport::rule`] says which it is). Where both
+    /// fit the device's way was 2.2 to 6.5 times faster: at batch 1 from 32K to 1M tokens, at batch 8, with 2, 4 and 16 cores
+    /// (bench/README.md, engine on the device).
     #[default]
     Auto,
     /// On the device, which looks at the summaries of all pages.

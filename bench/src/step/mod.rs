@@ -62,6 +62,9 @@ pub struct Args {
     /// Choose pages of trees on the host, with room on the device for those alone that it lists.
     #[arg(long)]
     host_lists: bool,
+    /// Threads that build, extend and search trees; 0: half of the cores.
+    #[arg(long, default_value_t = 0)]
+    tree_threads: usize,
     /// Tokens of a kv head that are brought in behind a step for the next one.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     prefetch: Vec<usize>,
@@ -170,6 +173,7 @@ fn measure(
         gap_us: 0.0,
         submit: args.submit,
         host_lists: args.host_lists,
+        tree_threads: args.tree_threads,
     };
     let torch = sdpa.iter().find(|s| s.batch == batch && s.context == context);
     let torch_ms = torch.map(|s| s.us * args.layers as f64 / 1e3);

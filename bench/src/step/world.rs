@@ -44,6 +44,8 @@ pub struct Case {
     pub gap_us: f64,
     pub submit: Submit,
     pub host_lists: bool,
+    /// 0: half of the cores.
+    pub tree_threads: usize,
 }
 
 /// What came out.
@@ -214,6 +216,7 @@ fn engine(device: &Device, case: &Case) -> anyhow::Result<GpuEngine<bf16>> {
             tail: case.tail,
             submit: case.submit,
             prefetch: case.prefetch,
+            tree_threads: case.tree_threads,
             ..options
         },
     )?)
