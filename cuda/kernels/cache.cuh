@@ -87,25 +87,4 @@ __device__ __forceinline__ uint64_t host_row(const Cache &c, uint32_t sequence, 
     return chunk + uint64_t(head * CHUNK_ROWS + token % CHUNK_ROWS) * row_bytes;
 }
 
-// Walsh-Hadamard transform of 32 LINES coordinates over a warp: lane l holds coordinates l, 32 + l, ...
-template <int LINES> __device__ __forceinline__ void hadamard(float (&x)[LINES], int lane) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            const float y = __shfl_xor_sync(~0u, x[l], d);
-            x[l] = lane & d ? y - x[l] : x[l] + y;
-        }
-    }
-#pragma unroll
-    for (int d = 1; d < LINES; d *= 2) {
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            if (l & d) continue;
-            const float a = x[l], b = x[l + d];
-            x[l] = a + b, x[l + d] = a - b;
-        }
-    }
-}
-
 } // namespace floe

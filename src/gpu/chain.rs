@@ -67,7 +67,8 @@ pub(super) struct StepIo {
 pub(super) struct Shared {
     /// By the chain's parity.
     scores: Vec<Scores>,
-    signs: Option<DeviceBuffer<f32>>,
+    /// Of sketches.
+    rotation: Option<Rounds>,
     /// For pages, for tails.
     sides: [Stream; 2],
     forks: [Event; 2],
@@ -93,10 +94,10 @@ impl Shared {
             let residuals = DeviceBuffer::zeros(device, residuals)?;
             Ok(Scores { pages: DeviceBuffer::zeros(device, pages * group)?, residuals })
         };
-        let signs = if plan.by_token() { Some(rotation_signs(plan.shape.head_dim)?) } else { None };
+        let rotation = if plan.by_token() { Some(rotation(device, plan.shape.head_dim)?) } else { None };
         Ok(Self {
             scores: (0..if plan.prefetch > 0 { 2 } else { 1 }).map(|_| scores()).collect::<Result<_, _>>()?,
-            signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
+            rotation,
             sides: [Stream::new(device)?, Stream::new(device)?],
             forks: [Event::new(device)?, Event::new(device)?],
             joins: [Event::new(device)?, Event::new(device)?],
@@ -104,8 +105,8 @@ impl Shared {
         })
     }
 
-    pub(super) fn signs(&self) -> Option<&DeviceBuffer<f32>> {
-        self.signs.as_ref()
+    pub(super) fn rotation(&self) -> Option<Rotation<'_>> {
+        view(&self.rotation)
     }
 
     pub(super) fn size_bytes(&self) -> usize {
@@ -127,21 +128,24 @@ impl Scores {
     }
 }
 
-/// The rotation of the index's sketches, which for a power of two is a Walsh-Hadamard transform after these signs.
-fn rotation_signs(dim: usize) -> Result<Vec<f32>, crate::Error> {
+/// Signs of each round of a rotation, and the order of coordinates before the second, if there is one.
+type Rounds = (DeviceBuffer<f32>, Option<DeviceBuffer<u32>>);
+
+/// The rotation of the index's sketches.
+fn rotation(device: &Device, dim: usize) -> Result<Rounds, crate::Error> {
     let sketch = floe_index::sketch::Sketch::new(
         floe_index::sketch::SketchConfig::K1,
         dim,
         floe_index::ROTATION_SEED,
     )?;
-    let column = |d: usize| {
-        let mut x = vec![0.0; dim];
-        x[d] = 1.0;
-        sketch.rotation().apply(&mut x);
-        // The transform's first row is all ones.
-        x[0]
-    };
-    Ok((0..dim).map(column).collect())
+    let (signs, order) = (sketch.rotation().signs().concat(), sketch.rotation().order());
+    let order = (!order.is_empty()).then(|| DeviceBuffer::from_slice(device, &order)).transpose()?;
+    Ok((DeviceBuffer::from_slice(device, &signs)?, order))
+}
+
+fn view(rounds: &Option<Rounds>) -> Option<Rotation<'_>> {
+    let (signs, order) = rounds.as_ref()?;
+    Some(Rotation { signs: signs.view(), order: order.as_ref().map(DeviceBuffer::view) })
 }
 
 /// Memory of the steps of one [`ChainShape`].
@@ -378,7 +382,7 @@ impl<E: DeviceElem> Chain<E> {
         shared.sides[0].wait(&shared.forks[0])?;
         let side = &shared.sides[0];
         if !plan.tree {
-            let built = memory.write(shared.signs.as_ref());
+            let built = memory.write(view(&shared.rotation));
             let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
             shared.clock.time(Stage::Pages, side, work)?;
         }
@@ -396,7 +400,7 @@ impl<E: DeviceElem> Chain<E> {
         shared.joins[0].record(&shared.sides[0])?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
         let query = (self.q.view(), params.scale);
-        let rotation = shared.signs.as_ref().map(|signs| Rotation { signs: signs.view(), order: None });
+        let rotation = view(&shared.rotation);
         if let Some(rotation) = rotation {
             let codes = KeyCodes {
                 bits: plan.bits[0],

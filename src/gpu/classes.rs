@@ -47,13 +47,14 @@ impl Classes {
     pub(super) fn new(config: &Config, options: &GpuOptions, plan: &Plan) -> Self {
         let span_of = |layer: usize| config.spans.get(layer).copied().flatten();
         let selects = |layer: usize| span_of(layer).is_none() && layer >= config.dense_layers;
+        let exact = plan.exact;
         // Where no layer selects there is nothing to build for it.
         let plan = if (0..config.num_layers).any(selects) { *plan } else { plan.dense() };
         let mut all = vec![LayerClass { plan, rows: options.rows, span: None, layers: 0 }];
         let mut of = Vec::with_capacity(config.num_layers);
         for layer in 0..config.num_layers {
             let span = span_of(layer);
-            let class = if selects(layer) || (span.is_none() && plan.exact) {
+            let class = if selects(layer) || (span.is_none() && exact) {
                 POLICY
             } else {
                 let known = (1..all.len()).find(|class| all[*class].span == span);
@@ -149,7 +150,9 @@ mod tests {
             Config { dense_layers: 6, ..config("floe") },
             Config { spans: vec![Some(64); 6], ..config("floe") },
         ] {
-            assert!(classes(&quiet).all.iter().all(|class| class.plan.exact && !class.plan.tree));
+            let quiet = classes(&quiet);
+            assert!(quiet.all.iter().all(|class| class.plan.exact && !class.plan.tree));
+            assert_eq!(quiet.all.iter().map(|class| class.layers).collect::<Vec<_>>(), [0, 6]);
         }
     }
 }

@@ -195,7 +195,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             let from = open.built[layer.0];
             if until > from {
                 let source = PageSource::Run { run: &run, first: from, num: until - from };
-                let pages = memory.pages.write(self.shared.signs());
+                let pages = memory.pages.write(self.shared.rotation());
                 build_pages(stream, &tables, source, memory.kv.view(), pages)?;
                 open.built[layer.0] = until;
             }
@@ -385,7 +385,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             chunks: memory.chunks.view(),
         };
         let source = PageSource::Rows { sequence: open.index, first, num: pages - first };
-        let built = memory.pages.write(self.shared.signs());
+        let built = memory.pages.write(self.shared.rotation());
         build_pages(stream, &tables, source, memory.kv.view(), built)?;
         open.built[layer] = pages;
         Ok(())

@@ -6,6 +6,7 @@ use bytemuck::Pod;
 use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, SequencePlace, Slots};
+use floe_cuda::ops::sweep::Rotation;
 use half::f16;
 
 use super::ahead::AheadMemory;
@@ -202,14 +203,14 @@ impl<E: DeviceElem> PageMemory<E> {
         copy_part(&mut self.spread, part, stream)
     }
 
-    pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
-        self.write_tree(signs).0
+    pub(super) fn write<'a>(&'a mut self, rotation: Option<Rotation<'a>>) -> Pages<'a, E> {
+        self.write_tree(rotation).0
     }
 
     /// The pages, and what a list says of their places.
     pub(super) fn write_tree<'a>(
         &'a mut self,
-        signs: Option<&'a DeviceBuffer<f32>>,
+        rotation: Option<Rotation<'a>>,
     ) -> (Pages<'a, E>, DevMut<'a, u32>) {
         let tokens = self.tokens.view_mut();
         let pages = Pages {
@@ -218,13 +219,13 @@ impl<E: DeviceElem> PageMemory<E> {
             log_count: self.log_count.view_mut(),
             masks: some(&mut self.masks),
             spread: some(&mut self.spread),
-            sketch: signs.map(|signs| PageSketch {
+            sketch: rotation.map(|rotation| PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
                 key_scales: self.key_scales.view_mut(),
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
-                signs: signs.view(),
+                rotation,
             }),
         };
         (pages, tokens)

@@ -112,12 +112,15 @@ impl LayerTrees {
 impl<E: DeviceElem> GpuEngine<E> {
     /// Begins to build the trees of a layer over all tokens stored in it, on threads of their own: for when its prompt is complete, so
     /// that the work overlaps the next layers'. Without this call the layer's first sparse step does it, and waits. Nothing to do
-    /// where pages are runs of tokens.
+    /// where pages are runs of tokens, or in a layer that attends everything.
     ///
     /// # Errors
     /// Unknown sequence or layer; what the driver reports.
     pub fn index(&mut self, seq: SeqId, layer: LayerId, stream: &Stream) -> Result<()> {
         let stored = self.num_tokens(seq, layer)?;
+        if self.classes.plan(layer.0).exact {
+            return Ok(());
+        }
         let end = published(stored + 1, self.plan.shape.window) * PAGE_TOKENS;
         self.submit_trees((seq, layer.0), end, stream)
     }
@@ -258,7 +261,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         for part in pages.chunks(LISTED) {
             trees.listed.write_async(0, part, stream)?;
             let listed = trees.listed.view().slice(0..part.len()).map_err(DeviceError::from)?;
-            let (to, tokens) = memory.pages.write_tree(self.shared.signs());
+            let (to, tokens) = memory.pages.write_tree(self.shared.rotation());
             let from = TreePages { sequence: index, listed, tokens };
             build_tree_pages(stream, &tables, from, memory.kv.view(), to)?;
         }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::HostRotation;
 use crate::KvElem;
 use crate::ops::cache::{BatchEntry, CacheShape, SequencePlace};
 
@@ -115,8 +116,13 @@ impl<E: KvElem> HostCache<E> {
         residuals.map(|x| f64::from(x).powi(2)).sum::<f64>() / (16 * d) as f64
     }
 
-    /// Residual of a token's key (`value`: value) to its page's mean, times `signs`, Walsh-Hadamard transformed.
-    pub fn rotated(&self, (sequence, head, token): WarmRow, value: bool, signs: &[f32]) -> Vec<f64> {
+    /// Rotated residual of a token's key (`value`: value) to its page's mean.
+    pub fn rotated(
+        &self,
+        (sequence, head, token): WarmRow,
+        value: bool,
+        rotation: &HostRotation<'_>,
+    ) -> Vec<f64> {
         let d = self.shape.head_dim;
         let means = self.means(sequence, head, token / 16);
         let half = if value { d..2 * d } else { 0..d };
@@ -124,11 +130,9 @@ impl<E: KvElem> HostCache<E> {
         let residual: Vec<f64> = row[half.clone()]
             .iter()
             .zip(&means[half])
-            .zip(signs)
-            .map(|((x, mean), sign)| f64::from(x.to_f32() - mean) * f64::from(*sign))
+            .map(|(x, mean)| f64::from(x.to_f32() - mean))
             .collect();
-        let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
-        (0..d).map(|i| residual.iter().enumerate().map(|(j, x)| sign(i, j) * x).sum()).collect()
+        rotation.rotate(&residual)
     }
 
     /// Rows for what each item attends. `found` are tokens (`16 page + place`) by item.
