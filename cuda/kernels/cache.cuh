@@ -4,8 +4,9 @@
 //
 //   dense    | token 0 | token 1 | ...                                     |    rows_each rows
 //   slots    | sinks            | ring: token t at t % ring | slots ...    |
+//   span     | ring: token t at t % ring                                    |    no sinks, no slots
 //
-// The ring holds the newest tokens. Every row also lies in page-locked host memory, in chunks of 256 rows a head. Pages are runs
+// The ring holds the newest tokens. Of a dense sequence that is longer than its rows the first tokens have theirs. Every row also lies in page-locked host memory, in chunks of 256 rows a head. Pages are runs
 // of 16 tokens; those with a token among the newest `window` are not published, their tokens are always attended.
 #pragma once
 #include "tile.cuh"
@@ -31,7 +32,7 @@ struct BatchEntry {
     uint32_t sequence; // index of its SequencePlace
     uint32_t tokens;   // the step's own included; 0 = nobody here
     uint32_t tick;     // of this step, above those before
-    uint32_t exact;    // 1 = attends all tokens, 0 = what is selected; 1 only where the sequence is DENSE
+    uint32_t exact;    // 1 = attends all tokens, of a span those in its ring; 0 = what is selected
 };
 
 // Mirrored by `ops::cache::Cache`.
@@ -64,7 +65,7 @@ __device__ __forceinline__ uint32_t published(const Cache &c, uint32_t tokens) {
     return tokens > c.window + 1 ? (tokens - 1 - c.window) / 16 : 0;
 }
 
-// Row of a token that is in its place: any of a dense sequence, else a sink or one of the newest `ring`.
+// Row of a token that is in its place: one of the first of a dense sequence, else a sink or one of the newest `ring`.
 __device__ __forceinline__ uint32_t row_of(const Cache &c, const SequencePlace &s, uint32_t head, uint32_t token) {
     const uint32_t base = s.rows + head * s.rows_each;
     return base + (s.slots == DENSE || token < c.sinks ? token : c.sinks + token % c.ring);
@@ -72,7 +73,7 @@ __device__ __forceinline__ uint32_t row_of(const Cache &c, const SequencePlace &
 
 // Whether `row_of` of a token belongs to it once `tokens` are stored.
 __device__ __forceinline__ bool in_place(const Cache &c, const SequencePlace &s, uint32_t token, uint32_t tokens) {
-    return s.slots == DENSE || token < c.sinks || token + c.ring >= tokens;
+    return s.slots == DENSE ? token < s.rows_each : token < c.sinks || token + c.ring >= tokens;
 }
 
 // Word of a kv head's first token in lists of tokens and tables by token.
@@ -84,27 +85,6 @@ __device__ __forceinline__ uint32_t token_base(const SequencePlace &s, uint32_t 
 __device__ __forceinline__ uint64_t host_row(const Cache &c, uint32_t sequence, uint32_t head, uint32_t token, uint32_t row_bytes) {
     const uint64_t chunk = c.chunks[uint64_t(sequence) * c.chunks_each + token / CHUNK_ROWS];
     return chunk + uint64_t(head * CHUNK_ROWS + token % CHUNK_ROWS) * row_bytes;
-}
-
-// Walsh-Hadamard transform of 32 LINES coordinates over a warp: lane l holds coordinates l, 32 + l, ...
-template <int LINES> __device__ __forceinline__ void hadamard(float (&x)[LINES], int lane) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            const float y = __shfl_xor_sync(~0u, x[l], d);
-            x[l] = lane & d ? y - x[l] : x[l] + y;
-        }
-    }
-#pragma unroll
-    for (int d = 1; d < LINES; d *= 2) {
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            if (l & d) continue;
-            const float a = x[l], b = x[l + d];
-            x[l] = a + b, x[l + d] = a - b;
-        }
-    }
 }
 
 } // namespace floe

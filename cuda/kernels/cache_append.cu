@@ -19,6 +19,8 @@ struct AppendStepParams {
     void *kv;               // [rows, 2, D] E
     void *q_out;            // [items, group, D] E
     uint32_t *page_first, *page_end, *row_first, *row_end; // [items]
+    uint32_t *beyond_first, *beyond_end; // [items] tokens of an exact item that have no row on the device, or null = all have one
+    const uint64_t **beyond_warm; // [items] becomes the item's chunks, or null for nobody's items
     uint32_t *num_fetch;    // [1] becomes 0
     uint32_t *num_ahead;    // [1] becomes 0, or null
     const uint32_t *tree_pages; // [sequences, heads] pages of each head's tree, or null: pages are runs of 16 tokens
@@ -77,6 +79,7 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
             p.page_first[item] = p.page_end[item] = 0;
             p.row_first[item] = p.row_end[item] = 0;
             if (p.spread) p.warm[item] = nullptr;
+            if (p.beyond_first) p.beyond_first[item] = p.beyond_end[item] = 0, p.beyond_warm[item] = nullptr;
         }
         return;
     }
@@ -106,25 +109,27 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     if (p.spread && pages) doubt = in_doubt(p, e.sequence * c.heads + head, first_page, pages, full, block_sum(squares) / c.group);
     if (threadIdx.x == 0) {
         p.page_first[item] = first_page, p.page_end[item] = first_page + (doubt ? 0 : pages);
-        const bool whole = doubt || (dense && e.exact), host = doubt && !dense;
-        const uint32_t first = host ? 0 : s.rows + head * s.rows_each;
-        p.row_first[item] = first, p.row_end[item] = first + (whole ? e.tokens : 0);
-        if (p.spread) p.warm[item] = host ? c.chunks + uint64_t(e.sequence) * c.chunks_each : nullptr;
+        const bool host = doubt && !dense;
+        const uint64_t *chunks = c.chunks + uint64_t(e.sequence) * c.chunks_each;
+        const uint32_t first = host ? 0 : s.rows + head * s.rows_each, near = min(e.tokens, dense ? s.rows_each : c.ring);
+        p.row_first[item] = first, p.row_end[item] = first + (doubt ? e.tokens : e.exact ? near : 0);
+        if (p.spread) p.warm[item] = host ? chunks : nullptr;
+        if (p.beyond_first) p.beyond_first[item] = near, p.beyond_end[item] = e.exact && dense ? e.tokens : near, p.beyond_warm[item] = chunks;
         if (doubt) {
             atomicAdd(p.doubted, 1);
             *p.noticed = 1;
         }
     }
-    const uint32_t at = row_of(c, s, head, token);
-    const bool room = token / CHUNK_ROWS < c.chunks_each && at < p.num_rows && (!dense || token < s.rows_each);
-    if (!room) {
+    const bool keep = in_place(c, s, token, e.tokens);
+    const uint32_t at = keep ? row_of(c, s, head, token) : 0;
+    if (token / CHUNK_ROWS >= c.chunks_each || at >= p.num_rows || (!keep && !p.beyond_first)) {
         if (threadIdx.x == 0) *p.fault = 1;
         return;
     }
     uint4 *host = reinterpret_cast<uint4 *>(host_row(c, e.sequence, head, token, 4 * D));
     for (uint32_t i = threadIdx.x; i < PIECES; i += blockDim.x) {
         const uint4 x = reinterpret_cast<const uint4 *>(row)[i];
-        static_cast<uint4 *>(p.kv)[uint64_t(at) * PIECES + i] = x;
+        if (keep) static_cast<uint4 *>(p.kv)[uint64_t(at) * PIECES + i] = x;
         host[i] = x;
     }
 }

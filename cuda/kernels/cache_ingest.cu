@@ -21,10 +21,11 @@ template <typename E, int D> __device__ __forceinline__ void ingest(const Ingest
     if (job >= p.run * c.heads) return;
     const uint32_t i = job / c.heads, head = job % c.heads, token = p.first + i;
     const SequencePlace s = c.sequences[p.sequence];
-    // Of a run longer than the ring only the newest rows stay there: two tokens must not write one row.
+    // Of a run longer than the ring only the newest rows stay there: two tokens must not write one row. Nor has each token of a
+    // dense sequence that is longer than its rows one.
     const bool keep = in_place(c, s, token, p.first + p.run);
     const uint32_t at = keep ? row_of(c, s, head, token) : 0;
-    if (token / CHUNK_ROWS >= c.chunks_each || at >= p.num_rows || (s.slots == DENSE && token >= s.rows_each)) {
+    if (token / CHUNK_ROWS >= c.chunks_each || at >= p.num_rows) {
         if (lane == 0) *p.fault = 1;
         return;
     }

@@ -92,8 +92,8 @@ template <typename E, int D, Source S> struct Decode {
             if constexpr (S == Source::Range || S == Source::Whole) {
                 s.entry = first + at;
                 if constexpr (S == Source::Whole) {
-                    // Sixteen rows of a chunk follow one another.
-                    if (chunks) s.rows = reinterpret_cast<const char *>(chunks[at / WARM_ROWS]) + uint64_t(kv_head * WARM_ROWS + at % WARM_ROWS) * ROW_BYTES;
+                    // Sixteen rows of a chunk follow one another, and a range begins with a whole page.
+                    if (chunks) s.rows = reinterpret_cast<const char *>(chunks[s.entry / WARM_ROWS]) + uint64_t(kv_head * WARM_ROWS + s.entry % WARM_ROWS) * ROW_BYTES;
                     else s.rows = static_cast<const char *>(p.kv) + uint64_t(s.entry) * ROW_BYTES;
                 }
             } else {

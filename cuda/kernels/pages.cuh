@@ -4,6 +4,7 @@
 // One block of 512 threads per page, one warp per token.
 #pragma once
 #include "cache.cuh"
+#include "rotate.cuh"
 #include "sum.cuh"
 
 namespace floe {
@@ -18,7 +19,7 @@ struct PageOut {
     uint32_t *value_lines;   // [pages, value_bits, D / 32, 16]
     __half *value_scales;    // [pages, 16]
     uint16_t *masks;         // [pages], or null
-    const float *signs;      // [D]
+    RotationParams rotation; // of residuals
     float *spread;           // [pages] mean square of a coordinate of the key residuals, with key bits as of 16 tokens in any case; or null
     uint32_t key_bits, value_bits; // 0, 1 or 2
 };
@@ -109,14 +110,15 @@ __device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, u
             p.spread[at] = sum / float((p.key_bits ? 16 : max(count, 1u)) * D);
         }
     }
-    if (D == 96 || p.key_bits + p.value_bits == 0) return;
+    if (p.key_bits + p.value_bits == 0) return;
     __syncthreads();
     uint32_t words[2][LINES];
     float x[LINES];
     if (p.key_bits) {
 #pragma unroll
-        for (int l = 0; l < LINES; l++) x[l] = lives ? (s.rows[0][token][32 * l + lane] - s.mean[0][32 * l + lane]) * p.signs[32 * l + lane] : 0;
-        hadamard<LINES>(x, lane);
+        for (int l = 0; l < LINES; l++) x[l] = lives ? s.rows[0][token][32 * l + lane] - s.mean[0][32 * l + lane] : 0;
+        // From here on a token's row is its warp's alone.
+        rotate<D>(x, p.rotation, s.rows[0][token]);
         const __half scale = encode<LINES>(x, p.key_bits, words);
         if (lane == 0) {
             p.key_scales[uint64_t(at) * 16 + token] = scale;
@@ -130,8 +132,8 @@ __device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, u
     }
     if (!p.value_bits) return;
 #pragma unroll
-    for (int l = 0; l < LINES; l++) x[l] = lives ? (s.rows[1][token][32 * l + lane] - s.mean[1][32 * l + lane]) * p.signs[32 * l + lane] : 0;
-    hadamard<LINES>(x, lane);
+    for (int l = 0; l < LINES; l++) x[l] = lives ? s.rows[1][token][32 * l + lane] - s.mean[1][32 * l + lane] : 0;
+    rotate<D>(x, p.rotation, s.rows[1][token]);
     const __half scale = encode<LINES>(x, p.value_bits, words);
     if (lane == 0) {
         p.value_scales[uint64_t(at) * 16 + token] = scale;

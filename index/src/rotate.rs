@@ -53,6 +53,21 @@ impl Rotation {
         self.dim
     }
 
+    /// Random signs of each round, times `1 / sqrt(block)`: `[rounds][dim]`.
+    pub fn signs(&self) -> &[Vec<f32>] {
+        &self.signs
+    }
+
+    /// What each coordinate takes before the second round, `[dim]`: coordinate `i` becomes coordinate `order[i]`; empty with one round.
+    pub fn order(&self) -> Vec<u32> {
+        let mut order: Vec<u32> =
+            if self.swaps.is_empty() { Vec::new() } else { (0..self.dim as u32).collect() };
+        for (i, &j) in (1..self.dim).rev().zip(&self.swaps) {
+            order.swap(i, j as usize);
+        }
+        order
+    }
+
     /// The rotation as a matrix `[dim, dim]` f32, row-major: row `i` times `x` is coordinate `i` of the rotated `x`, up to rounding.
     pub fn matrix(&self) -> Vec<f32> {
         let mut matrix = vec![0.0; self.dim * self.dim];
@@ -179,6 +194,25 @@ mod tests {
             for (x, y) in ra.iter().zip(&a) {
                 assert!(f64::from((x - y).abs()) <= bound * dot(&a, &a).sqrt(), "dim {dim}: {x} against {y}");
             }
+        }
+    }
+
+    #[test]
+    fn signs_and_order_say_all_of_a_rotation() {
+        for dim in [96, 80, 128] {
+            let rotation = Rotation::new(dim, 11).unwrap();
+            let (signs, order) = (rotation.signs(), rotation.order());
+            assert_eq!((signs.len(), order.len()), if dim == 128 { (1, 0) } else { (2, dim) });
+            let (mut want, mut x) = (random(dim, 5), random(dim, 5));
+            rotation.apply(&mut want);
+            for (round, signs) in signs.iter().enumerate() {
+                if round > 0 {
+                    x = order.iter().map(|from| x[*from as usize]).collect();
+                }
+                super::multiply(&mut x, signs);
+                super::transform_blocks(&mut x);
+            }
+            assert_eq!(x, want, "dim {dim}");
         }
     }
 

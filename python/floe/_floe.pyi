@@ -161,6 +161,7 @@ class CudaEngine:
         device: number of the device.
         policy: `full`, `floe` or `pagemean`, with at most two bits of a key; `pagemean` picks tokens by a sketch, pages
             (`unit=page`) without.
+        dense_layers: first layers that attend to everything; all of their rows have room on the device.
         hot_slots: rows of each kv head that stay on the device beside sinks and newest tokens.
         max_sequences, max_tokens: of a sequence; their summaries are allocated at once.
         resident: part of the keys and values for which there is room on the device.
@@ -183,6 +184,7 @@ class CudaEngine:
         budget: int,
         sinks: int = 16,
         window: int = 64,
+        dense_layers: int = 0,
         hot_slots: int,
         max_sequences: int,
         max_tokens: int,

@@ -63,7 +63,7 @@ impl PyCudaEngine {
     #[new]
     #[pyo3(signature = (
         num_layers, num_q_heads, num_kv_heads, head_dim, *, device=0, dtype="bfloat16", policy, budget, sinks=16, window=64,
-        hot_slots, max_sequences, max_tokens, resident=0.0, seed=0
+        dense_layers=0, hot_slots, max_sequences, max_tokens, resident=0.0, seed=0
     ))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
@@ -78,6 +78,7 @@ impl PyCudaEngine {
         budget: usize,
         sinks: usize,
         window: usize,
+        dense_layers: usize,
         hot_slots: usize,
         max_sequences: usize,
         max_tokens: usize,
@@ -91,6 +92,7 @@ impl PyCudaEngine {
             budget,
             sinks,
             window,
+            dense_layers,
             hot: HotConfig { slots: hot_slots, ..HotConfig::default() },
             seed,
             ..Config::new(num_layers, heads, kv_dtype)
@@ -297,6 +299,8 @@ impl PyCudaEngine {
             "steps": report.steps,
             "exact_steps": report.exact_steps,
             "replayed_steps": report.replayed_steps,
+            "link_steps": report.link_steps,
+            "bytes_in_place": report.bytes_in_place,
             "head_steps": report.head_steps,
             "head_steps_in_doubt": report.head_steps_in_doubt,
             "hot_requests": requests,

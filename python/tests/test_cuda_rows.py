@@ -18,11 +18,11 @@ class StandIn:
 
     def __init__(
         self, num_layers, num_q_heads, num_kv_heads, head_dim, *, device, dtype, policy, budget, sinks, window,
-        hot_slots, max_sequences, max_tokens, resident, seed=0,
+        dense_layers=0, hot_slots, max_sequences, max_tokens, resident, seed=0,
     ):  # fmt: skip
         self.engine = floe.Engine(
             num_layers, num_q_heads, num_kv_heads, head_dim, dtype=dtype, policy=policy, budget=budget, sinks=sinks,
-            window=window,
+            window=window, dense_layers=dense_layers,
         )  # fmt: skip
         self.sequences = []
         #: Keys and values of each sequence and layer, to be gathered.

@@ -16,6 +16,7 @@ use floe_cuda::ops::cache::{
 use floe_cuda::ops::{DeviceElem, Spans};
 
 use super::chain::ChainShape;
+use super::classes::POLICY;
 use super::clock::{Clock, Stage};
 use super::engine::GpuEngine;
 use super::layer::LayerMemory;
@@ -165,7 +166,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         };
         let (plan, memory) = (&self.plan, &mut self.layers[layer]);
         let batch = self.batch.view().slice(0..shape.entries).map_err(DeviceError::from)?;
-        let step = Followed { plan, batch, sequences: self.sequences.view(), parity: shape.parity };
+        let step = Followed { plan, batch, sequences: self.sequences[POLICY].view(), parity: shape.parity };
         let lists = ahead.follow(stream, memory)?;
         let Some(units) = chain.select_ahead(lists, (plan, &mut self.shared), &memory.pages)? else {
             return Ok(());

@@ -22,8 +22,8 @@ use floe_cuda::ops::sweep::{
     UnitsMut, ValueCodes,
 };
 use floe_cuda::ops::{
-    DecodeArgs, DecodePlan, DevState, DeviceElem, Lists, PlanShape, ScanShape, Spans, Summaries, WholeItems,
-    dense_decode, sparse_decode, whole_decode,
+    DecodeArgs, DecodePlan, DeviceElem, Lists, PlanShape, ScanShape, Spans, Summaries, dense_decode,
+    sparse_decode,
 };
 use half::f16;
 
@@ -32,6 +32,7 @@ use super::clock::{Clock, Stage};
 use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
 use super::standing::{NodeMemory, Standing};
+use super::whole::{Beyond, State, Whole};
 
 /// Shape of a chain: every number a power of two, so that few chains serve all steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,8 +41,10 @@ pub(super) struct ChainShape {
     pub(super) exact: bool,
     /// Entries of the batch.
     pub(super) entries: usize,
-    /// Most tokens of an entry, where all are exact.
+    /// Most rows of an entry on the device, where all are exact.
     pub(super) exact_tokens: usize,
+    /// Most tokens of an exact entry that have no row there and are attended in host memory; 0: all have one.
+    pub(super) beyond: usize,
     /// Most published pages of an entry, where none is.
     pub(super) pages: usize,
     /// The layer's parity where steps prefetch, else 0: what a step leaves behind is read while the next layer's runs.
@@ -64,7 +67,8 @@ pub(super) struct StepIo {
 pub(super) struct Shared {
     /// By the chain's parity.
     scores: Vec<Scores>,
-    signs: Option<DeviceBuffer<f32>>,
+    /// Of sketches.
+    rotation: Option<Rounds>,
     /// For pages, for tails.
     sides: [Stream; 2],
     forks: [Event; 2],
@@ -90,10 +94,10 @@ impl Shared {
             let residuals = DeviceBuffer::zeros(device, residuals)?;
             Ok(Scores { pages: DeviceBuffer::zeros(device, pages * group)?, residuals })
         };
-        let signs = if plan.by_token() { Some(rotation_signs(plan.shape.head_dim)?) } else { None };
+        let rotation = if plan.by_token() { Some(rotation(device, plan.shape.head_dim)?) } else { None };
         Ok(Self {
             scores: (0..if plan.prefetch > 0 { 2 } else { 1 }).map(|_| scores()).collect::<Result<_, _>>()?,
-            signs: signs.map(|signs| DeviceBuffer::from_slice(device, &signs)).transpose()?,
+            rotation,
             sides: [Stream::new(device)?, Stream::new(device)?],
             forks: [Event::new(device)?, Event::new(device)?],
             joins: [Event::new(device)?, Event::new(device)?],
@@ -101,8 +105,8 @@ impl Shared {
         })
     }
 
-    pub(super) fn signs(&self) -> Option<&DeviceBuffer<f32>> {
-        self.signs.as_ref()
+    pub(super) fn rotation(&self) -> Option<Rotation<'_>> {
+        view(&self.rotation)
     }
 
     pub(super) fn size_bytes(&self) -> usize {
@@ -124,21 +128,24 @@ impl Scores {
     }
 }
 
-/// The rotation of the index's sketches, which for a power of two is a Walsh-Hadamard transform after these signs.
-fn rotation_signs(dim: usize) -> Result<Vec<f32>, crate::Error> {
+/// Signs of each round of a rotation, and the order of coordinates before the second, if there is one.
+type Rounds = (DeviceBuffer<f32>, Option<DeviceBuffer<u32>>);
+
+/// The rotation of the index's sketches.
+fn rotation(device: &Device, dim: usize) -> Result<Rounds, crate::Error> {
     let sketch = floe_index::sketch::Sketch::new(
         floe_index::sketch::SketchConfig::K1,
         dim,
         floe_index::ROTATION_SEED,
     )?;
-    let column = |d: usize| {
-        let mut x = vec![0.0; dim];
-        x[d] = 1.0;
-        sketch.rotation().apply(&mut x);
-        // The transform's first row is all ones.
-        x[0]
-    };
-    Ok((0..dim).map(column).collect())
+    let (signs, order) = (sketch.rotation().signs().concat(), sketch.rotation().order());
+    let order = (!order.is_empty()).then(|| DeviceBuffer::from_slice(device, &order)).transpose()?;
+    Ok((DeviceBuffer::from_slice(device, &signs)?, order))
+}
+
+fn view(rounds: &Option<Rounds>) -> Option<Rotation<'_>> {
+    let (signs, order) = rounds.as_ref()?;
+    Some(Rotation { signs: signs.view(), order: order.as_ref().map(DeviceBuffer::view) })
 }
 
 /// Memory of the steps of one [`ChainShape`].
@@ -148,6 +155,7 @@ pub(super) struct Chain<E> {
     q: DeviceBuffer<E>,
     ranges: [DeviceBuffer<u32>; 4],
     exact: Option<(DecodePlan, State)>,
+    beyond: Option<Beyond>,
     sparse: Option<Sparse>,
     num_fetch: DeviceBuffer<u32>,
 }
@@ -177,39 +185,6 @@ struct Sparse {
 type LayerParts<'a, E> =
     (&'a mut DeviceBuffer<E>, &'a mut PageMemory<E>, &'a mut SlotMemory, &'a mut NodeMemory<E>);
 
-/// Attention over all tokens of the items that are in doubt.
-#[derive(Debug)]
-struct Whole {
-    plan: DecodePlan,
-    state: State,
-    /// Where their rows are in host memory, `[items]`.
-    warm: DeviceBuffer<u64>,
-}
-
-/// A state for each query head.
-#[derive(Debug)]
-pub(super) struct State {
-    out: DeviceBuffer<f32>,
-    lse: DeviceBuffer<f32>,
-}
-
-impl State {
-    pub(super) fn new(device: &Device, heads: usize, dim: usize) -> Result<Self, DeviceError> {
-        Ok(Self {
-            out: DeviceBuffer::zeros(device, heads * dim)?,
-            lse: DeviceBuffer::from_slice(device, &vec![f32::NEG_INFINITY; heads])?,
-        })
-    }
-
-    pub(super) fn write(&mut self) -> DevState<'_> {
-        DevState { out: self.out.view_mut(), lse: self.lse.view_mut() }
-    }
-
-    pub(super) fn read(&self) -> (DevRef<'_, f32>, DevRef<'_, f32>) {
-        (self.out.view(), self.lse.view())
-    }
-}
-
 impl Sparse {
     fn new(
         device: &Device,
@@ -226,13 +201,6 @@ impl Sparse {
         let rows_max = vec![list_each as u32; items];
         let decode = PlanShape { rows_max: &rows_max, group: cache.group, head_dim: cache.head_dim };
         let all_rows = vec![(shape.pages * 16 + cache.fixed_max()) as u32; items];
-        let whole = || -> Result<_, DeviceError> {
-            Ok(Whole {
-                plan: DecodePlan::new(device, PlanShape { rows_max: &all_rows, ..decode })?,
-                state: State::new(device, items * cache.group, cache.head_dim)?,
-                warm: DeviceBuffer::zeros(device, items)?,
-            })
-        };
         let scan = ScanShape {
             items,
             group: cache.group,
@@ -254,7 +222,10 @@ impl Sparse {
             to: DeviceBuffer::zeros(device, items * plan.retrieved)?,
             chosen: State::new(device, items * cache.group, cache.head_dim)?,
             tail: State::new(device, items * cache.group, cache.head_dim)?,
-            whole: plan.max_doubt.map(|_| whole()).transpose()?,
+            whole: plan
+                .max_doubt
+                .map(|_| Whole::new(device, PlanShape { rows_max: &all_rows, ..decode }))
+                .transpose()?,
             ahead: (plan.prefetch > 0)
                 .then(|| AheadList::new(device, items, plan.prefetch_units()))
                 .transpose()?,
@@ -298,10 +269,14 @@ impl<E: DeviceElem> Chain<E> {
             Ok((DecodePlan::new(device, exact)?, State::new(device, heads, cache.head_dim)?))
         };
         let sparse = || Sparse::new(device, plan, options, shape);
+        let most = vec![shape.beyond as u32; items];
+        let most = PlanShape { rows_max: &most, group: cache.group, head_dim: cache.head_dim };
+        let beyond = || Beyond::new(device, most);
         Ok(Self {
             q: DeviceBuffer::zeros(device, heads * cache.head_dim)?,
             ranges: [words()?, words()?, words()?, words()?],
             exact: shape.exact.then(exact).transpose()?,
+            beyond: (shape.beyond > 0).then(beyond).transpose()?,
             sparse: (!shape.exact).then(sparse).transpose()?,
             num_fetch: DeviceBuffer::zeros(device, 1)?,
             shape,
@@ -349,6 +324,7 @@ impl<E: DeviceElem> Chain<E> {
                 row_first: row_first.view_mut(),
                 row_end: row_end.view_mut(),
             },
+            beyond: self.beyond.as_mut().map(Beyond::write),
             num_fetch: self.num_fetch.view_mut(),
             num_ahead: ahead.as_mut().map(|ahead| ahead.num.view_mut()),
             tree_pages: plan.tree.then(|| pages.tree_pages.view()),
@@ -361,12 +337,18 @@ impl<E: DeviceElem> Chain<E> {
             let rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
             let work = || dense_decode(stream, attend, &args, rows, state.write());
             shared.clock.time(Stage::Attend, stream, work)?;
+            if let Some(beyond) = &mut self.beyond {
+                let work = || beyond.queue(stream, &args, plan.shape.heads);
+                shared.clock.time(Stage::Whole, stream, work)?;
+            }
         }
         if self.sparse.is_some() {
             self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots, nodes), params)?;
         }
         if let Some((_, state)) = &self.exact {
-            let work = || finish(stream, tables, &[state.read()], &io.out, FinishStart::Early);
+            let mut parts = vec![state.read()];
+            parts.extend(self.beyond.as_ref().map(Beyond::read));
+            let work = || finish(stream, tables, &parts, &io.out, FinishStart::Early);
             shared.clock.time(Stage::Finish, stream, work)?;
         }
         let Some(sparse) = &self.sparse else { return Ok(()) };
@@ -400,7 +382,7 @@ impl<E: DeviceElem> Chain<E> {
         shared.sides[0].wait(&shared.forks[0])?;
         let side = &shared.sides[0];
         if !plan.tree {
-            let built = memory.write(shared.signs.as_ref());
+            let built = memory.write(view(&shared.rotation));
             let work = || build_pages(side, tables, PageSource::Step, kv.view(), built);
             shared.clock.time(Stage::Pages, side, work)?;
         }
@@ -411,15 +393,14 @@ impl<E: DeviceElem> Chain<E> {
         }
         let whole_rows = Spans { first: self.ranges[2].view(), end: self.ranges[3].view() };
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
-        if let Some(Whole { plan: attend, state, warm }) = &mut sparse.whole {
-            let items = WholeItems { rows: whole_rows, warm: warm.view(), heads: plan.shape.heads };
-            let work = || whole_decode(side, attend, &args, items, state.write());
+        if let Some(whole) = &mut sparse.whole {
+            let work = || whole.queue(side, &args, whole_rows, plan.shape.heads);
             shared.clock.time(Stage::Whole, side, work)?;
         }
         shared.joins[0].record(&shared.sides[0])?;
         let pages = Spans { first: self.ranges[0].view(), end: self.ranges[1].view() };
         let query = (self.q.view(), params.scale);
-        let rotation = shared.signs.as_ref().map(|signs| Rotation { signs: signs.view(), order: None });
+        let rotation = view(&shared.rotation);
         if let Some(rotation) = rotation {
             let codes = KeyCodes {
                 bits: plan.bits[0],
@@ -551,7 +532,11 @@ impl<E: DeviceElem> Chain<E> {
     /// What the last step left on the device; waits.
     pub(super) fn read(&self, stream: &Stream) -> Result<StepRead, DeviceError> {
         if let Some((_, state)) = &self.exact {
-            return Ok(StepRead { lse: state.lse.read(stream)?, ..StepRead::default() });
+            let mut lse = state.lse.read(stream)?;
+            if let Some(beyond) = &self.beyond {
+                beyond.add_lse(&mut lse, stream)?;
+            }
+            return Ok(StepRead { lse, ..StepRead::default() });
         }
         let Some(sparse) = &self.sparse else { return Ok(StepRead::default()) };
         let (first, end) = (sparse.found_first.read(stream)?, sparse.found_end.read(stream)?);

@@ -10,12 +10,13 @@ use floe_cuda::ops::cache::{
 
 use super::ahead::AheadStreams;
 use super::chain::{Chain, ChainShape, Shared, StepIo};
+use super::classes::{Classes, POLICY};
 use super::cost::{CostModel, Load};
 use super::host::HostPool;
 use super::host_io::HostIo;
 use super::layer::LayerMemory;
 use super::options::{GpuOptions, Plan, Prefer, Submit};
-use super::places::{Places, chunks_of};
+use super::places::{Open, Places};
 use super::trees::Trees;
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -62,7 +63,9 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) chains: HashMap<ChainShape, Chain<E>>,
     pub(super) config: Config,
     pub(super) options: GpuOptions,
+    /// What the layers do that the policy selects in.
     pub(super) plan: Plan,
+    pub(super) classes: Classes,
     pub(super) device: Device,
     pub(super) layers: Vec<LayerMemory<E>>,
     pub(super) shared: Shared,
@@ -73,10 +76,11 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) batch: DeviceBuffer<BatchEntry>,
     /// What the device holds in `batch`.
     pub(super) uploaded: Vec<BatchEntry>,
-    pub(super) sequences: DeviceBuffer<SequencePlace>,
+    /// By class of layers.
+    pub(super) sequences: Vec<DeviceBuffer<SequencePlace>>,
     pub(super) host: HostPool,
     pub(super) places: Places,
-    next_seq: u64,
+    pub(super) next_seq: u64,
     pub(super) cost: CostModel,
     pub(super) last: Option<ChainShape>,
     pub(super) host_io: HostIo,
@@ -84,6 +88,11 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) exact_steps: u64,
     pub(super) replayed_steps: u64,
     pub(super) sparse_head_steps: u64,
+    /// Exact steps that read rows in host memory, these rows, and how often rows moved to a larger place.
+    pub(super) link_steps: u64,
+    pub(super) link_rows: u64,
+    pub(super) moved: u64,
+    pub(super) warned_of_link: bool,
 }
 
 impl<E: DeviceElem> GpuEngine<E> {
@@ -96,10 +105,12 @@ impl<E: DeviceElem> GpuEngine<E> {
         if config.kv_dtype.to_string() != E::NAME {
             return Err(Error::config("kv_dtype", config.kv_dtype, format!("this engine holds {}", E::NAME)));
         }
-        let chunks = chunks_of(options.max_tokens);
+        let classes = Classes::new(&config, &options, &plan);
+        let plan = classes.all[POLICY].plan;
         let layers = (0..config.num_layers)
-            .map(|_| LayerMemory::new(device, &plan, &options, chunks))
+            .map(|layer| LayerMemory::new(device, &classes.all[classes.of(layer)], &options))
             .collect::<Result<_, _>>()?;
+        let table = || DeviceBuffer::zeros(device, options.max_sequences);
         let row_bytes = plan.shape.row_len() * size_of::<E>();
         Ok(Self {
             graphs: HashMap::new(),
@@ -110,9 +121,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             trees: if plan.tree { Some(Trees::new(device, &options)?) } else { None },
             batch: DeviceBuffer::zeros(device, options.max_batch.next_power_of_two())?,
             uploaded: vec![BatchEntry::default(); options.max_batch.next_power_of_two()],
-            sequences: DeviceBuffer::zeros(device, options.max_sequences)?,
+            sequences: classes.all.iter().map(|_| table()).collect::<Result<_, _>>()?,
             host: HostPool::new(device, plan.shape.heads * CHUNK_ROWS * row_bytes, options.host_bytes),
-            places: Places::new(&options, &plan),
+            places: Places::new(&options, &classes),
             next_seq: 0,
             cost: CostModel::new(&plan),
             last: None,
@@ -121,10 +132,15 @@ impl<E: DeviceElem> GpuEngine<E> {
             exact_steps: 0,
             replayed_steps: 0,
             sparse_head_steps: 0,
+            link_steps: 0,
+            link_rows: 0,
+            moved: 0,
+            warned_of_link: false,
             device: device.clone(),
             config,
             options,
             plan,
+            classes,
         })
     }
 
@@ -138,38 +154,6 @@ impl<E: DeviceElem> GpuEngine<E> {
     #[must_use]
     pub fn options(&self) -> &GpuOptions {
         &self.options
-    }
-
-    /// Opens an empty sequence of at most `capacity` tokens (`None`: `options.max_tokens`). It lies densely while there is room.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for a capacity of 0 or above `options.max_tokens`; [`Error::NoRoom`].
-    pub fn admit(&mut self, capacity: Option<usize>) -> Result<SeqId> {
-        let capacity = capacity.unwrap_or(self.options.max_tokens);
-        if capacity == 0 || capacity > self.options.max_tokens {
-            let reason = format!("must be 1 to {}", self.options.max_tokens);
-            return Err(Error::config("capacity", capacity, reason));
-        }
-        let seq = SeqId(self.next_seq);
-        self.places.admit(seq, capacity, &self.plan, self.config.num_layers)?;
-        self.next_seq += 1;
-        let open = self.places.get(seq)?;
-        let (index, place) = (open.index, open.place);
-        self.sequences.write_at(index, &[place])?;
-        let stream = Stream::new(&self.device)?;
-        self.forget_slots_on(&place, &stream)?;
-        self.forget_spread(index, &stream)?;
-        stream.synchronize()?;
-        Ok(seq)
-    }
-
-    /// Page-locks host memory for so many more tokens in every layer now, so that no step has to: a block takes the driver
-    /// milliseconds.
-    ///
-    /// # Errors
-    /// [`Error::NoRoom`] beyond `options.host_bytes`; what the driver reports.
-    pub fn reserve_host(&mut self, tokens: usize) -> Result<()> {
-        self.host.reserve(self.config.num_layers * chunks_of(tokens))
     }
 
     /// Appends keys and values `[tokens, num_kv_heads, head_dim]` of a prompt to one layer. Pieces of any size give the same
@@ -195,22 +179,23 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         let first = self.places.get(seq)?.tokens[layer.0];
         self.make_room(seq, layer.0, first + tokens, stream)?;
+        let (class, plan) = (self.classes.of(layer.0), *self.classes.plan(layer.0));
         let open = self.places.get_mut(seq)?;
         let run = Ingest { k: *k, v: *v, sequence: open.index, first };
         let memory = &mut self.layers[layer.0];
         let tables = Tables {
-            shape: self.plan.shape,
+            shape: plan.shape,
             batch: self.batch.view(),
-            sequences: self.sequences.view(),
+            sequences: self.sequences[class].view(),
             chunks: memory.chunks.view(),
         };
-        if !open.is_dense() && !self.plan.tree {
+        if !plan.exact && !open.is_dense() && !plan.tree {
             // Pages whose tokens have left the window; of the others the rows stay in the ring.
-            let until = published(first + tokens + 1, self.plan.shape.window);
+            let until = published(first + tokens + 1, plan.shape.window);
             let from = open.built[layer.0];
             if until > from {
                 let source = PageSource::Run { run: &run, first: from, num: until - from };
-                let pages = memory.pages.write(self.shared.signs());
+                let pages = memory.pages.write(self.shared.rotation());
                 build_pages(stream, &tables, source, memory.kv.view(), pages)?;
                 open.built[layer.0] = until;
             }
@@ -248,8 +233,13 @@ impl<E: DeviceElem> GpuEngine<E> {
             self.ask_trees((step.sequences, layer), (&shape, step.scale), stream)?;
         }
         self.layers[layer].doubt.warn(layer);
+        let mut link_rows = 0;
         for seq in step.sequences {
             let window = self.plan.shape.window;
+            let open = self.places.get(*seq)?;
+            if exact {
+                link_rows += self.reach(open, layer, open.tokens[layer] + 1).1 * self.plan.shape.heads;
+            }
             let open = self.places.get_mut(*seq)?;
             open.tokens[layer] += 1;
             if !exact {
@@ -260,71 +250,11 @@ impl<E: DeviceElem> GpuEngine<E> {
         self.last = Some(shape);
         self.steps += 1;
         self.exact_steps += u64::from(exact);
+        self.link_steps += u64::from(link_rows > 0);
+        self.link_rows += link_rows as u64;
         self.sparse_head_steps +=
             if exact { 0 } else { (step.sequences.len() * self.plan.shape.heads) as u64 };
         Ok(())
-    }
-
-    /// Forgets the tokens at and after `num_tokens` in every layer, as speculative decoding does with refused drafts.
-    ///
-    /// # Errors
-    /// Unknown sequence; what the driver reports.
-    pub fn truncate(&mut self, seq: SeqId, num_tokens: usize, stream: &Stream) -> Result<()> {
-        let shape = self.plan.shape;
-        let open = self.places.get_mut(seq)?;
-        let longest = open.longest();
-        if longest <= num_tokens {
-            return Ok(());
-        }
-        open.turned_back += (longest - num_tokens) as u32;
-        for (tokens, built) in open.tokens.iter_mut().zip(&mut open.built) {
-            *tokens = (*tokens).min(num_tokens);
-            *built = (*built).min(num_tokens / 16);
-        }
-        let (index, place) = (open.index, open.place);
-        self.own_end(seq, stream)?;
-        self.settle(stream)?;
-        self.forget_spread(index, stream)?;
-        for memory in &mut self.layers {
-            // Slots of what is forgotten may be asked for again with other contents.
-            for head in 0..shape.heads {
-                let tokens = place.tokens as usize + head * place.tokens_each as usize;
-                let end = tokens + place.tokens_each as usize;
-                let from = (tokens + num_tokens).min(end);
-                memory.slots.row_of_token.fill_range(from..end, 0xff, stream)?;
-            }
-        }
-        self.truncate_trees(seq, num_tokens, stream)?;
-        // What was forgotten may have overwritten older rows in the ring.
-        if place.slots != SequencePlace::DENSE { self.refill_ring(seq, stream) } else { Ok(()) }
-    }
-
-    /// Frees a sequence. Work queued with it must be done: waits for the device.
-    ///
-    /// # Errors
-    /// Unknown sequence; what the driver reports.
-    pub fn close(&mut self, seq: SeqId) -> Result<()> {
-        self.places.get(seq)?;
-        self.device.synchronize()?;
-        if let Some(trees) = &mut self.trees {
-            trees.close(seq);
-        }
-        for chunk in self.places.close(seq, self.plan.shape.heads)? {
-            self.host.give(chunk);
-        }
-        Ok(())
-    }
-
-    /// Empties the slots of all sequences: their next steps fetch everything anew and give the same bits. Waits for the device.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn empty_hot(&mut self) -> Result<()> {
-        self.device.synchronize()?;
-        let places: Vec<_> = self.places.open.values().map(|open| open.place).collect();
-        let stream = Stream::new(&self.device)?;
-        places.iter().try_for_each(|place| self.forget_slots_on(place, &stream))?;
-        Ok(stream.synchronize()?)
     }
 
     pub(super) fn check_layer(&self, layer: LayerId) -> Result<()> {
@@ -366,7 +296,7 @@ impl<E: DeviceElem> GpuEngine<E> {
 
     /// Whether the step is exact.
     fn choose(&self, step: &LayerStep<'_>) -> Result<bool> {
-        if self.plan.exact {
+        if self.classes.plan(step.layer.0).exact {
             return Ok(true);
         }
         let mut load = Load::default();
@@ -381,6 +311,17 @@ impl<E: DeviceElem> GpuEngine<E> {
         Ok(all_dense && (within || faster()))
     }
 
+    /// Of `tokens` tokens that a step of a layer attends exactly: those that have rows on the device, and those that have none.
+    fn reach(&self, open: &Open, layer: usize, tokens: usize) -> (usize, usize) {
+        let class = self.classes.of(layer);
+        let place = open.places[class];
+        if place.slots != SequencePlace::DENSE {
+            return (tokens.min(self.classes.all[class].plan.shape.ring), 0);
+        }
+        let near = tokens.min(place.rows_each as usize);
+        (near, tokens - near)
+    }
+
     /// Brings the batch table up to date and says which chain the step needs.
     fn enter(&mut self, step: &LayerStep<'_>, exact: bool, stream: &Stream) -> Result<ChainShape> {
         let layer = step.layer.0;
@@ -388,19 +329,24 @@ impl<E: DeviceElem> GpuEngine<E> {
             exact,
             entries: step.sequences.len().next_power_of_two(),
             exact_tokens: 0,
+            beyond: 0,
             pages: 0,
             parity: if self.ahead.is_some() && !exact { layer % 2 } else { 0 },
         };
         let mut entries = vec![BatchEntry::default(); shape.entries];
         for ((seq, position), entry) in step.sequences.iter().zip(step.positions).zip(&mut entries) {
             let tokens = position + 1;
-            let (sequence, tick) = {
+            let (sequence, tick, near, beyond) = {
                 let open = self.places.get(*seq)?;
-                (open.index as u32, tokens as u32 + open.turned_back)
+                let (near, beyond) = self.reach(open, layer, tokens);
+                (open.index as u32, tokens as u32 + open.turned_back, near, beyond)
             };
             *entry = BatchEntry { sequence, tokens: tokens as u32, tick, exact: u32::from(exact) };
             if exact {
-                shape.exact_tokens = shape.exact_tokens.max(tokens.next_power_of_two());
+                shape.exact_tokens = shape.exact_tokens.max(near.next_power_of_two());
+                if beyond > 0 {
+                    shape.beyond = shape.beyond.max(beyond.next_power_of_two().max(1024));
+                }
             } else {
                 let mut pages = published(tokens, self.plan.shape.window);
                 if self.plan.tree {
@@ -435,11 +381,11 @@ impl<E: DeviceElem> GpuEngine<E> {
         let tables = Tables {
             shape: self.plan.shape,
             batch: self.batch.view(),
-            sequences: self.sequences.view(),
+            sequences: self.sequences[POLICY].view(),
             chunks: memory.chunks.view(),
         };
         let source = PageSource::Rows { sequence: open.index, first, num: pages - first };
-        let built = memory.pages.write(self.shared.signs());
+        let built = memory.pages.write(self.shared.rotation());
         build_pages(stream, &tables, source, memory.kv.view(), built)?;
         open.built[layer] = pages;
         Ok(())
@@ -456,8 +402,9 @@ impl<E: DeviceElem> GpuEngine<E> {
             return Err(Error::NoRoom { what: "chains", needed: 1, free: 0 });
         };
         let memory = &mut self.layers[layer];
-        let (plan, shared) = (&self.plan, &mut self.shared);
-        let tables = (self.batch.view(), self.sequences.view());
+        let class = self.classes.of(layer);
+        let (plan, shared) = (&self.classes.all[class].plan, &mut self.shared);
+        let tables = (self.batch.view(), self.sequences[class].view());
         shared.clock.layer = layer;
         // Recorded events have no time.
         let launched = match self.options.submit {
@@ -487,79 +434,6 @@ impl<E: DeviceElem> GpuEngine<E> {
                 Ok(())
             }
         }
-    }
-
-    /// Room for `tokens` of a layer: host chunks, and rows of a dense sequence, which moves to slots when they run out.
-    fn make_room(&mut self, seq: SeqId, layer: usize, tokens: usize, stream: &Stream) -> Result<()> {
-        let open = self.places.get(seq)?;
-        if tokens > open.capacity {
-            return Err(Error::NoRoom {
-                what: "tokens of the sequence",
-                needed: tokens,
-                free: open.capacity,
-            });
-        }
-        if open.is_dense() && tokens > open.place.rows_each as usize {
-            self.turn_to_slots(seq, tokens, stream)?;
-        }
-        let open = self.places.get_mut(seq)?;
-        let chunks = &mut open.chunks[layer];
-        let have = chunks.len();
-        let need = chunks_of(tokens);
-        if need > have {
-            self.host.reserve(need - have)?;
-            let mut addresses = Vec::with_capacity(need - have);
-            for _ in have..need {
-                let chunk = self.host.take()?;
-                addresses.push(self.host.address(chunk));
-                chunks.push(chunk);
-            }
-            let start = open.index * chunks_of(self.options.max_tokens) + have;
-            self.layers[layer].chunks.write_async(start, &addresses, stream)?;
-        }
-        Ok(())
-    }
-
-    /// Turns the rows of a dense sequence that are more than they hold into sinks, ring and slots.
-    fn turn_to_slots(&mut self, seq: SeqId, tokens: usize, stream: &Stream) -> Result<()> {
-        let shape = self.plan.shape;
-        let old = self.places.get(seq)?.place;
-        if self.plan.exact || (old.rows_each as usize) < self.plan.slot_rows() {
-            let what = "rows of the sequence on the device (`rows`)";
-            return Err(Error::NoRoom { what, needed: tokens, free: old.rows_each as usize });
-        }
-        let slots = old.rows_each as usize - shape.sinks - shape.ring;
-        let place = SequencePlace { slots: slots as u32, ..old };
-        self.settle(stream)?;
-        // While all rows are still there; trees read host memory.
-        for layer in 0..if self.plan.tree { 0 } else { self.config.num_layers } {
-            let stored = self.places.get(seq)?.tokens[layer];
-            self.catch_up(seq, layer, published(stored + 1, shape.window), stream)?;
-        }
-        let open = self.places.get_mut(seq)?;
-        open.place = place;
-        self.sequences.write_async(open.index, &[place], stream)?;
-        self.refill_ring(seq, stream)?;
-        self.forget_slots_on(&place, stream)
-    }
-
-    /// The spreads of a sequence's pages are summed up anew.
-    fn forget_spread(&mut self, index: usize, stream: &Stream) -> Result<()> {
-        let heads = self.plan.shape.heads;
-        for memory in &mut self.layers {
-            memory.doubt.sums.fill_range(index * heads..(index + 1) * heads, 0, stream)?;
-        }
-        Ok(())
-    }
-
-    /// No slot of a place holds anything.
-    fn forget_slots_on(&mut self, place: &SequencePlace, stream: &Stream) -> Result<()> {
-        if self.plan.exact {
-            return Ok(());
-        }
-        let heads = self.plan.shape.heads;
-        self.layers.iter_mut().try_for_each(|memory| memory.slots.forget(place, heads, stream))?;
-        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ use floe_cuda::device::Stream;
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{CHUNK_ROWS, SequencePlace};
 
+use super::classes::POLICY;
 use super::engine::{GpuEngine, published};
 use super::places::chunks_of;
 use crate::error::Result;
@@ -28,38 +29,74 @@ impl<E: DeviceElem> GpuEngine<E> {
     }
 
     fn fill(&mut self, seq: SeqId, fork: SeqId, stream: &Stream) -> Result<()> {
-        let window = self.plan.shape.window;
-        let longest = self.places.get(seq)?.longest();
-        let dense = longest <= self.places.get(fork)?.place.rows_each as usize;
-        if !dense && !self.plan.tree {
-            for layer in 0..self.config.num_layers {
-                let stored = self.places.get(seq)?.tokens[layer];
-                self.catch_up(seq, layer, published(stored + 1, window), stream)?;
+        self.catch_up_for(seq, fork, stream)?;
+        self.share_chunks(seq, fork, stream)?;
+        self.fill_pages(seq, fork, stream)?;
+        for class in 0..self.classes.all.len() {
+            let (from, tokens) = {
+                let open = self.places.get(seq)?;
+                (open.places[class], open.tokens.clone())
+            };
+            let longest = self.classes.layers(class).map(|layer| tokens[layer]).max().unwrap_or(0);
+            let to = self.places.get(fork)?.places[class];
+            let both_dense = [from, to].iter().all(|place| place.slots == SequencePlace::DENSE);
+            if !both_dense {
+                self.refill_all((fork, class), stream)?;
+                continue;
+            }
+            self.copy_rows((class, &tokens), (from, to), stream)?;
+            let had = from.rows_each.min(to.rows_each) as usize;
+            self.refill_layers((fork, class), |layer| had..tokens[layer], stream)?;
+            if longest > to.rows_each as usize {
+                self.grow((fork, class), longest, stream)?;
             }
         }
-        self.share_chunks(seq, fork, stream)?;
+        Ok(())
+    }
+
+    /// Where the fork gets slots, all pages that its steps will select from are those of `seq`, built while that has their rows.
+    fn catch_up_for(&mut self, seq: SeqId, fork: SeqId, stream: &Stream) -> Result<()> {
+        if self.plan.exact || self.lies_densely(seq, fork)? || self.plan.tree {
+            return Ok(());
+        }
+        let window = self.plan.shape.window;
+        for layer in self.classes.layers(POLICY).collect::<Vec<_>>() {
+            let stored = self.places.get(seq)?.tokens[layer];
+            self.catch_up(seq, layer, published(stored + 1, window), stream)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the rows of the fork hold what is in `seq`, where the policy selects.
+    fn lies_densely(&self, seq: SeqId, fork: SeqId) -> Result<bool> {
+        let rows = self.places.get(fork)?.place().rows_each as usize;
+        Ok(self.places.get(seq)?.longest() <= rows)
+    }
+
+    /// Pages of the fork, and slots where its rows are too few.
+    fn fill_pages(&mut self, seq: SeqId, fork: SeqId, stream: &Stream) -> Result<()> {
+        let (dense, shape) = (self.lies_densely(seq, fork)?, self.plan.shape);
         let (from, built) = {
             let open = self.places.get(seq)?;
-            (open.place, open.built.clone())
+            (open.place(), open.built.clone())
         };
         let open = self.places.get_mut(fork)?;
         open.built = built;
-        if !dense {
-            open.place.slots = open.place.rows_each - (self.plan.shape.sinks + self.plan.shape.ring) as u32;
-            self.sequences.write_async(open.index, &[open.place], stream)?;
+        if self.plan.exact {
+            return Ok(());
         }
-        let to = open.place;
-        if !self.plan.exact && !self.plan.tree {
-            let pages =
-                from.pages as usize..(from.pages + from.pages_each * self.plan.shape.heads as u32) as usize;
-            for memory in &mut self.layers {
-                memory.pages.copy(pages.clone(), to.pages as usize, stream)?;
+        let place = &mut open.places[POLICY];
+        if !dense {
+            place.slots = place.rows_each - (shape.sinks + shape.ring) as u32;
+            self.sequences[POLICY].write_async(open.index, &[*place], stream)?;
+        }
+        if !self.plan.tree {
+            let pages = from.pages as usize..(from.pages + from.pages_each * shape.heads as u32) as usize;
+            for layer in self.classes.layers(POLICY) {
+                self.layers[layer].pages.copy(pages.clone(), place.pages as usize, stream)?;
             }
         }
-        if dense && from.slots == SequencePlace::DENSE {
-            return self.copy_rows(fork, (from, to), stream);
-        }
-        self.refill_all(fork, stream)
+        Ok(())
     }
 
     /// Lengths, and the chunks in host memory: complete ones are shared, one that the next token is written to is copied.
@@ -85,27 +122,6 @@ impl<E: DeviceElem> GpuEngine<E> {
         (open.tokens, open.turned_back, open.chunks) = (tokens, turned_back, all);
         for layer in 0..self.config.num_layers {
             self.write_addresses(fork, layer, 0, stream)?;
-        }
-        Ok(())
-    }
-
-    /// Rows of a dense sequence to another dense place.
-    fn copy_rows(
-        &mut self,
-        fork: SeqId,
-        (from, to): (SequencePlace, SequencePlace),
-        stream: &Stream,
-    ) -> Result<()> {
-        let row = self.plan.shape.row_len();
-        let tokens = &self.places.get(fork)?.tokens;
-        for (memory, &tokens) in self.layers.iter_mut().zip(tokens) {
-            for head in 0..self.plan.shape.heads {
-                let start = (from.rows as usize + head * from.rows_each as usize) * row;
-                let target = (to.rows as usize + head * to.rows_each as usize) * row;
-                if tokens > 0 {
-                    memory.kv.copy_within(start..start + tokens * row, target, stream)?;
-                }
-            }
         }
         Ok(())
     }

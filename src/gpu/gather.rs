@@ -35,9 +35,9 @@ impl<E: DeviceElem> GpuEngine<E> {
         }
         let memory = &self.layers[layer.0];
         let tables = Tables {
-            shape: self.plan.shape,
+            shape: self.classes.plan(layer.0).shape,
             batch: self.batch.view(),
-            sequences: self.sequences.view(),
+            sequences: self.sequences[self.classes.of(layer.0)].view(),
             chunks: memory.chunks.view(),
         };
         let run = Gather { k: *k, v: *v, sequence: self.places.get(seq)?.index, first, stored };

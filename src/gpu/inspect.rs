@@ -94,11 +94,14 @@ impl<E: DeviceElem> GpuEngine<E> {
             replayed_steps: self.replayed_steps,
             head_steps: self.sparse_head_steps,
             head_steps_in_doubt: in_doubt,
+            link_steps: self.link_steps,
+            bytes_in_place: self.link_rows * row_bytes,
+            rows_moved: self.moved,
             rows_hit: hits,
             rows_fetched: fetched,
             bytes_fetched: fetched * row_bytes,
             bytes_prefetched: ahead * row_bytes,
-            rule: self.cost.to_string() + &self.plan.placement(),
+            rule: self.cost.to_string() + &self.plan.placement() + &self.classes.describe(),
             tree: self.trees.as_ref().map(|trees| trees.report),
         })
     }
@@ -113,6 +116,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             memory.doubt.doubted.fill_bytes(0, stream)?;
         }
         self.sparse_head_steps = 0;
+        (self.link_steps, self.link_rows) = (0, 0);
         Ok(())
     }
 
@@ -155,7 +159,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         let mut all = Vec::with_capacity(sequences.len() * shape.heads);
         for item in 0..sequences.len() * shape.heads {
             let open = self.places.get(sequences[item / shape.heads])?;
-            let place = open.place;
+            let place = open.place();
             let first = place.tokens + (item % shape.heads) as u32 * place.tokens_each;
             let mut retrieved: Vec<u32> = match read.found.get(item) {
                 Some(units) if self.plan.lists_tokens() => units.iter().map(|unit| unit - first).collect(),
@@ -175,8 +179,6 @@ impl<E: DeviceElem> GpuEngine<E> {
     /// Bytes of a page's summaries, codes and scales on the device: what a step reads of each published page.
     #[must_use]
     pub fn page_bytes(&self) -> usize {
-        let (dim, [key, value]) = (self.plan.shape.head_dim, self.plan.bits);
-        let codes = |bits: usize| if bits > 0 { 2 * bits * dim + 32 } else { 0 };
-        2 * dim * size_of::<E>() + 4 + codes(key) + codes(value)
+        self.plan.page_bytes(size_of::<E>())
     }
 }

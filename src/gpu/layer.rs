@@ -6,10 +6,13 @@ use bytemuck::Pod;
 use floe_cuda::device::{DevMut, Device, DeviceBuffer, DeviceError, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{PageSketch, Pages, SequencePlace, Slots};
+use floe_cuda::ops::sweep::Rotation;
 use half::f16;
 
 use super::ahead::AheadMemory;
-use super::options::{GpuOptions, Plan};
+use super::classes::LayerClass;
+use super::options::GpuOptions;
+use super::places::chunks_of;
 use super::standing::NodeMemory;
 
 /// Rows, summaries and slots of one layer, all sequences together.
@@ -100,21 +103,22 @@ impl DoubtMemory {
 }
 
 impl<E: DeviceElem> LayerMemory<E> {
+    /// Of a layer of a class.
     pub(super) fn new(
         device: &Device,
-        plan: &Plan,
+        class: &LayerClass,
         options: &GpuOptions,
-        chunks: usize,
     ) -> Result<Self, DeviceError> {
+        let (plan, chunks) = (&class.plan, chunks_of(options.max_tokens));
         let (dim, heads) = (plan.shape.head_dim, plan.shape.heads);
         let pages = if plan.exact { 0 } else { options.page_tokens / 16 };
         let bits = plan.bits;
         let sketched = |bits: usize| if bits > 0 { pages } else { 0 };
-        let rows = if plan.exact { 0 } else { options.rows };
+        let rows = if plan.exact { 0 } else { class.rows };
         let items = options.max_batch.next_power_of_two() * heads;
         let ahead = || AheadMemory::new(device, plan, items);
         let mut memory = Self {
-            kv: DeviceBuffer::zeros(device, options.rows * 2 * dim)?,
+            kv: DeviceBuffer::zeros(device, class.rows * 2 * dim)?,
             chunks: DeviceBuffer::zeros(device, options.max_sequences * chunks)?,
             pages: PageMemory {
                 mean_keys: DeviceBuffer::zeros(device, pages * dim)?,
@@ -199,14 +203,14 @@ impl<E: DeviceElem> PageMemory<E> {
         copy_part(&mut self.spread, part, stream)
     }
 
-    pub(super) fn write<'a>(&'a mut self, signs: Option<&'a DeviceBuffer<f32>>) -> Pages<'a, E> {
-        self.write_tree(signs).0
+    pub(super) fn write<'a>(&'a mut self, rotation: Option<Rotation<'a>>) -> Pages<'a, E> {
+        self.write_tree(rotation).0
     }
 
     /// The pages, and what a list says of their places.
     pub(super) fn write_tree<'a>(
         &'a mut self,
-        signs: Option<&'a DeviceBuffer<f32>>,
+        rotation: Option<Rotation<'a>>,
     ) -> (Pages<'a, E>, DevMut<'a, u32>) {
         let tokens = self.tokens.view_mut();
         let pages = Pages {
@@ -215,13 +219,13 @@ impl<E: DeviceElem> PageMemory<E> {
             log_count: self.log_count.view_mut(),
             masks: some(&mut self.masks),
             spread: some(&mut self.spread),
-            sketch: signs.map(|signs| PageSketch {
+            sketch: rotation.map(|rotation| PageSketch {
                 bits: self.bits,
                 key_lines: self.key_lines.view_mut(),
                 key_scales: self.key_scales.view_mut(),
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
-                signs: signs.view(),
+                rotation,
             }),
         };
         (pages, tokens)

@@ -20,6 +20,18 @@
 //! the CPU, up to rounding and to the variance terms of its scores. While all rows of a sequence fit on the device it lies
 //! densely, and its steps are exact whenever that is predicted to be faster ([`CostModel`], printed in [`GpuReport::rule`]).
 //!
+//! Layers that attend everything (policy `full`, [`crate::Config::dense_layers`]) lie densely. A sequence that outgrows its rows moves to a
+//! larger place as long as the device has one; from then on the tokens beyond its rows are attended in place in host memory, over the link,
+//! and their state is merged with that of the others: [`GpuReport::link_steps`] counts such steps, and the log says it once. Layers of a
+//! limited span ([`crate::Config::spans`]) keep a ring of as many rows on the device, no pages and no slots, and attend the ring.
+//!
+//! # Device memory
+//! All of it is taken by [`GpuEngine::open`], and by the first step of a shape for its lists. Reading a prompt takes none: rows go to host
+//! memory, and of the device's `rows` a sequence has its share, however long it is. Summaries are proportional to
+//! [`GpuOptions::page_tokens`], so to the longest prompt that is to be admitted: of the bytes of its keys and values in bf16 at 128
+//! dimensions a head 7 % with page means, 11 % with one-bit keys, 17 % with two-bit keys and one-bit values, and 21 % where these are in
+//! trees.
+//!
 //! Where the codes are too coarse for a head's queries (`max_doubt`), it attends all of its rows, from the device or in place in host
 //! memory; [`GpuReport::doubt_rate`] says how often. With [`GpuOptions::prefetch`] the next best units are brought into slots behind a
 //! step, on streams of their own, for the layer's next one. [`GpuEngine::stages`] tells when the stages of steps ran.
@@ -39,9 +51,11 @@
 
 mod ahead;
 mod chain;
+mod classes;
 mod clock;
 mod cost;
 mod engine;
+mod fit;
 mod fork;
 mod gather;
 mod host;
@@ -56,10 +70,13 @@ mod places;
 mod profile;
 mod refill;
 mod report;
+mod room;
 mod runs;
+mod sequences;
 mod standing;
 mod tree;
 mod trees;
+mod whole;
 
 pub use clock::{Stage, StageSpan};
 pub use cost::{CostModel, Load};

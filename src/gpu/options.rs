@@ -74,8 +74,12 @@ pub struct GpuOptions {
     pub max_tokens: usize,
     /// Sequences of one step, at most.
     pub max_batch: usize,
-    /// Rows of a layer on the device, all kv heads and sequences together: the hot tier. A row is `4 * head_dim` bytes.
+    /// Rows of a layer on the device, all kv heads and sequences together: the hot tier. A row is `4 * head_dim` bytes. Nothing of a prompt
+    /// or an answer takes more, however long.
     pub rows: usize,
+    /// The same of a dense layer (`Config::dense_layers`), which attends all tokens: those that have no row there are read from host memory at
+    /// every step. Layers of a span have the rows of their span, which no option names.
+    pub dense_rows: usize,
     /// Tokens of a layer that have summaries on the device, all kv heads and sequences together, a multiple of 256: sixteen a page.
     /// Trees take a few pages more than their tokens fill ([`GpuOptions::for_load`] has the number).
     pub page_tokens: usize,
@@ -98,7 +102,7 @@ pub struct GpuOptions {
 
 impl GpuOptions {
     /// Room for `sequences` of `tokens` each, whose summaries are all on the device, and for `hot` of their rows, a fraction in
-    /// (0, 1]; the sinks, the newest tokens and `config.hot.slots` of each come on top.
+    /// [0, 1]; the sinks, the newest tokens and `config.hot.slots` of each come on top. Dense layers have room for all of their rows.
     #[must_use]
     pub fn for_load(config: &Config, sequences: usize, tokens: usize, hot: f64) -> Self {
         let heads = config.heads.num_kv_heads();
@@ -113,6 +117,11 @@ impl GpuOptions {
             max_tokens: tokens,
             max_batch: sequences,
             rows: sequences * heads * rows,
+            dense_rows: match config.dense_layers {
+                0 => 0,
+                _ if config.policy.is_exact() => 0,
+                _ => sequences * heads * padded,
+            },
             page_tokens: sequences * heads * pages * PAGE_TOKENS,
             host_bytes: usize::MAX,
             prefer: Prefer::default(),
@@ -226,13 +235,6 @@ impl Plan {
             );
             return Err(Error::config("budget", config.budget, reason));
         }
-        if config.dense_layers > 0 {
-            return Err(Error::config("dense_layers", config.dense_layers, "must be 0 on the cuda backend"));
-        }
-        if !config.spans.is_empty() {
-            let got = format!("{} layers", config.spans.len());
-            return Err(Error::config("spans", got, "must be empty on the cuda backend"));
-        }
         if !exact && config.hot.slots < retrieved {
             let reason = format!("must hold the {retrieved} tokens that a step retrieves");
             return Err(Error::config("hot.slots", config.hot.slots, reason));
@@ -299,6 +301,35 @@ impl Plan {
         }
         let part = if switches.open < 1.0 { switches.open } else { LISTED_PART };
         Ok(Self { listed: Some(part), ..plan })
+    }
+
+    /// The same heads where everything is attended.
+    pub(super) const fn dense(&self) -> Self {
+        Self {
+            exact: true,
+            bits: [0; 2],
+            tail: false,
+            tree: false,
+            listed: None,
+            max_doubt: None,
+            retrieved: 0,
+            prefetch: 0,
+            slots: 0,
+            ..*self
+        }
+    }
+
+    /// Bytes of a page's summaries, codes and scales where rows have elements of so many bytes.
+    pub(super) const fn page_bytes(&self, element: usize) -> usize {
+        let mut bytes = 2 * self.shape.head_dim * element + 4;
+        let mut part = 0;
+        while part < 2 {
+            if self.bits[part] > 0 {
+                bytes += 2 * self.bits[part] * self.shape.head_dim + 32;
+            }
+            part += 1;
+        }
+        bytes
     }
 
     /// Whether tokens are selected, by their sketches; else pages.

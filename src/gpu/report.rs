@@ -1,6 +1,6 @@
 //! What the engine on the device did, and what it holds.
 
-/// What has happened since the engine was opened, or since the counters were cleared (hits, fetches and steps of heads).
+/// What has happened since the engine was opened, or since the counters were cleared (hits, fetches, steps of heads, steps over the link).
 #[derive(Debug, Clone, PartialEq)]
 pub struct GpuReport {
     /// The device's name.
@@ -9,7 +9,14 @@ pub struct GpuReport {
     pub steps: u64,
     /// Of these, exact ones.
     pub exact_steps: u64,
-    /// Of these, replayed from a recording.
+    /// Of the exact ones, those that read rows in host memory, over the link, because the device has no room for them: every such step is
+    /// as slow as the link.
+    pub link_steps: u64,
+    /// Bytes of rows that they read.
+    pub bytes_in_place: u64,
+    /// How often the rows of a growing sequence moved to a larger place on the device.
+    pub rows_moved: u64,
+    /// Of all steps, those replayed from a recording.
     pub replayed_steps: u64,
     /// Steps of single kv heads in steps that were not exact.
     pub head_steps: u64,

@@ -4,9 +4,9 @@ use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Stream};
 use floe_cuda::ops::sweep::{Sweep, TailArgs, TailUnits};
 use floe_cuda::ops::{DeviceElem, ScanShape, Spans, Summaries};
 
-use super::chain::State;
 use super::nodes::Summary;
 use super::options::{GpuOptions, Plan};
+use super::whole::State;
 
 /// Super-nodes that stand for pages which are not on the device, [sequences, heads, nodes each].
 #[derive(Debug)]

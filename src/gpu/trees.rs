@@ -17,6 +17,7 @@ use floe_cuda::ops::cache::{BatchEntry, CacheShape, Tables, TreePage, TreePages,
 use rayon::ThreadPool;
 
 use super::chain::ChainShape;
+use super::classes::POLICY;
 use super::engine::{GpuEngine, published};
 use super::nodes::NodeUpdate;
 use super::options::{GpuOptions, Plan};
@@ -111,12 +112,15 @@ impl LayerTrees {
 impl<E: DeviceElem> GpuEngine<E> {
     /// Begins to build the trees of a layer over all tokens stored in it, on threads of their own: for when its prompt is complete, so
     /// that the work overlaps the next layers'. Without this call the layer's first sparse step does it, and waits. Nothing to do
-    /// where pages are runs of tokens.
+    /// where pages are runs of tokens, or in a layer that attends everything.
     ///
     /// # Errors
     /// Unknown sequence or layer; what the driver reports.
     pub fn index(&mut self, seq: SeqId, layer: LayerId, stream: &Stream) -> Result<()> {
         let stored = self.num_tokens(seq, layer)?;
+        if self.classes.plan(layer.0).exact {
+            return Ok(());
+        }
         let end = published(stored + 1, self.plan.shape.window) * PAGE_TOKENS;
         self.submit_trees((seq, layer.0), end, stream)
     }
@@ -251,13 +255,13 @@ impl<E: DeviceElem> GpuEngine<E> {
         let tables = Tables {
             shape: self.plan.shape,
             batch: self.batch.view(),
-            sequences: self.sequences.view(),
+            sequences: self.sequences[POLICY].view(),
             chunks: memory.chunks.view(),
         };
         for part in pages.chunks(LISTED) {
             trees.listed.write_async(0, part, stream)?;
             let listed = trees.listed.view().slice(0..part.len()).map_err(DeviceError::from)?;
-            let (to, tokens) = memory.pages.write_tree(self.shared.signs());
+            let (to, tokens) = memory.pages.write_tree(self.shared.rotation());
             let from = TreePages { sequence: index, listed, tokens };
             build_tree_pages(stream, &tables, from, memory.kv.view(), to)?;
         }

@@ -26,8 +26,10 @@ pub struct GpuBackend<E: DeviceElem> {
 }
 
 impl<E: DeviceElem> GpuBackend<E> {
-    /// An empty sequence of at most `max_tokens` tokens on the first device. With `keep_all` there is room for all its rows on the device, and
-    /// steps are exact as long as that is faster; otherwise `config.hot.slots` rows of a kv head are there, beside sinks and newest tokens.
+    /// An empty sequence of at most `max_tokens` tokens on the first device. With `keep_all` there is room for all its rows there, as far as
+    /// its free memory goes, and steps are exact as long as that is faster; otherwise `config.hot.slots` rows of a kv head are there, beside
+    /// sinks and newest tokens. Layers that attend everything (policy `full`, `config.dense_layers`) read in host memory what has no room:
+    /// [`GpuReport::link_steps`] says how often.
     ///
     /// # Errors
     /// As [`Device::open`], [`GpuEngine::open`] and [`GpuEngine::admit`].
@@ -35,7 +37,8 @@ impl<E: DeviceElem> GpuBackend<E> {
         let device = Device::open(0).map_err(crate::Error::from)?;
         let stream = Stream::new(&device).map_err(crate::Error::from)?;
         let hot = if keep_all { 1.0 } else { 0.0 };
-        let options = GpuOptions::for_load(&config, 1, max_tokens, hot);
+        let (free, _) = device.memory().map_err(crate::Error::from)?;
+        let options = GpuOptions::for_load(&config, 1, max_tokens, hot).within(&config, free / 10 * 9)?;
         let mut engine = GpuEngine::open(&device, config.clone(), options)?;
         let seq = engine.admit(None)?;
         Ok(Self { engine, stream, seq, config, prompt: None, num_tokens: 0 })

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod doubt;
+mod layers;
 mod lifetime;
+mod prefill;
 mod rows;
 mod trace;
 mod trees;

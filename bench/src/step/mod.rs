@@ -234,7 +234,7 @@ fn row(case: &Case, timed: &Timed, (full_ms, torch_ms): (Option<f64>, Option<f64
         p50_ms: at(0.5),
         p99_ms: at(0.99),
         layer_us: at(0.5) * 1e3 / case.layers as f64,
-        link_mb: report.bytes_fetched as f64 / calls * case.layers as f64 / 1e6,
+        link_mb: (report.bytes_fetched + report.bytes_in_place) as f64 / calls * case.layers as f64 / 1e6,
         rows_gb: timed.memory.rows_bytes as f64 * scale,
         beside_gb: timed.memory.summary_bytes as f64 * scale,
         of_full: full_ms.map(|full| at(0.5) / full),

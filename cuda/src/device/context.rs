@@ -145,6 +145,15 @@ impl Device {
         unsafe { result::ctx::set_current(self.inner.context) }.named("cuCtxSetCurrent")
     }
 
+    /// Bytes of device memory that are free, of any process, and all bytes.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn memory(&self) -> Result<(usize, usize), DeviceError> {
+        self.bind()?;
+        result::mem_get_info().named("cuMemGetInfo")
+    }
+
     /// Waits for all work of the device.
     ///
     /// # Errors

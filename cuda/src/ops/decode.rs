@@ -176,7 +176,7 @@ pub fn dense_decode<E: DeviceElem>(
 /// All rows of each item, in order of position, wherever they lie.
 #[derive(Debug, Clone, Copy)]
 pub struct WholeItems<'a> {
-    /// Rows of `kv`, or of the item's tokens in host memory.
+    /// Rows of `kv`, or of the item's tokens in host memory, there from a multiple of 16 on.
     pub rows: Spans<'a>,
     /// `[items]` device address of the addresses of the item's chunks in host memory (see [`super::cache::Tables`]), or 0: its rows
     /// are in `kv`; device.
@@ -185,7 +185,7 @@ pub struct WholeItems<'a> {
     pub heads: usize,
 }
 
-/// As [`dense_decode`], over rows of `kv` or, in place, of host memory. Not for a head_dim of 96.
+/// As [`dense_decode`], over rows of `kv` or, in place, of host memory.
 ///
 /// What `warm` names is written by the device (`cache::append_step`), from chunk tables that hold all of an item's rows.
 ///
@@ -199,10 +199,6 @@ pub fn whole_decode<E: DeviceElem>(
     state: DevState<'_>,
 ) -> Result<(), DeviceError> {
     let mut params = prepare(stream, plan, args, items.rows, state)?;
-    if plan.head_dim == 96 {
-        let expected = "64, 128 or 256";
-        return Err(DeviceError::Unsupported { field: "head_dim", value: 96, expected });
-    }
     items.warm.check("warm", plan.items)?;
     (params.warm, params.heads) = (items.warm.address(), word("heads", items.heads.max(1))?);
     launch::<E>(stream, plan, "whole_decode", &params)

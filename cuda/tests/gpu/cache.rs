@@ -9,11 +9,13 @@ use floe_cuda::ops::cache::{
     FoundUnit, Ingest, PageSketch, PageSource, Pages, Ranges, Resolve, SequencePlace, Slots, Tables,
     TensorType, append_step, build_pages, fetch_listed, finish, ingest, refill, resolve, resolve_ahead,
 };
-use floe_cuda::twin::device::{HostCache, WarmRow, encode, merge_parts};
+use floe_cuda::ops::sweep::Rotation;
+use floe_cuda::twin::device::{HostCache, HostRotation, WarmRow, encode, merge_parts};
 use half::{bf16, f16};
 
 use crate::rig::{Rig, rig};
 use crate::support::Random;
+use crate::sweep::rotation;
 
 const CHUNKS: usize = 6;
 const TOKENS: usize = CHUNKS * CHUNK_ROWS;
@@ -175,15 +177,15 @@ pub struct PageBuffers<E> {
     pub masks: DeviceBuffer<u16>,
     pub spread: DeviceBuffer<f32>,
     signs: DeviceBuffer<f32>,
-    host_signs: Vec<f32>,
+    order: DeviceBuffer<u32>,
+    host_rotation: (Vec<f32>, Vec<u32>),
     pub built: usize,
 }
 
 impl<E: DeviceElem> PageBuffers<E> {
     pub fn new(rig: &Rig, pages: usize, d: usize, bits: [usize; 2]) -> Self {
         let device = &rig.device;
-        let host_signs: Vec<f32> =
-            (0..d).map(|i| if i * i % 7 < 3 { 1.0 } else { -1.0 } / (d as f32).sqrt()).collect();
+        let host_rotation = rotation(&mut Random(d as u64), d);
         let values = if bits[1] > 0 { pages * 16 } else { 0 };
         Self {
             bits,
@@ -196,8 +198,9 @@ impl<E: DeviceElem> PageBuffers<E> {
             value_scales: DeviceBuffer::zeros(device, values).unwrap(),
             masks: DeviceBuffer::zeros(device, pages).unwrap(),
             spread: DeviceBuffer::zeros(device, pages).unwrap(),
-            signs: rig.buffer(&host_signs),
-            host_signs,
+            signs: rig.buffer(&host_rotation.0),
+            order: rig.buffer(&host_rotation.1),
+            host_rotation,
             built: 0,
         }
     }
@@ -215,7 +218,10 @@ impl<E: DeviceElem> PageBuffers<E> {
                 key_scales: self.key_scales.view_mut(),
                 value_lines: self.value_lines.view_mut(),
                 value_scales: self.value_scales.view_mut(),
-                signs: self.signs.view(),
+                rotation: Rotation {
+                    signs: self.signs.view(),
+                    order: (!self.order.view().is_empty()).then(|| self.order.view()),
+                },
             }),
         }
     }
@@ -225,6 +231,7 @@ impl<E: DeviceElem> PageBuffers<E> {
         let stream = &world.rig.stream;
         let (shape, place) = (world.twin.shape, world.twin.places[1]);
         let d = shape.head_dim;
+        let rotation = HostRotation { signs: &self.host_rotation.0, order: &self.host_rotation.1 };
         let (keys, values) = (self.mean_keys.read(stream).unwrap(), self.mean_values.read(stream).unwrap());
         let spreads = self.spread.read(stream).unwrap();
         let (counts, masks) = (self.log_count.read(stream).unwrap(), self.masks.read(stream).unwrap());
@@ -250,7 +257,7 @@ impl<E: DeviceElem> PageBuffers<E> {
                 if bits == 0 {
                     continue;
                 }
-                let x = world.twin.rotated((1, head, page * 16 + token), value, &self.host_signs);
+                let x = world.twin.rotated((1, head, page * 16 + token), value, &rotation);
                 let (want, scale) = encode(&x, bits);
                 let got_scale = scales[usize::from(value)][at * 16 + token].to_f64();
                 assert!(
@@ -319,7 +326,7 @@ fn check_prompt<E: DeviceElem>(heads: usize, d: usize, bits: [usize; 2]) {
 
 #[test]
 fn prompts_are_stored_and_summarised_as_their_twin_does() {
-    for d in [64, 128, 256] {
+    for d in [64, 96, 128, 256] {
         for bits in [[1, 0], [1, 1], [2, 1], [2, 2]] {
             check_prompt::<bf16>(2, d, bits);
         }
@@ -387,6 +394,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 row_first: row_first.view_mut(),
                 row_end: row_end.view_mut(),
             },
+            beyond: None,
             num_fetch: num_fetch.view_mut(),
             num_ahead: None,
             tree_pages: None,

@@ -81,6 +81,7 @@ impl<E: DeviceElem> Step<E> {
                 row_first: row_first.view_mut(),
                 row_end: row_end.view_mut(),
             },
+            beyond: None,
             num_fetch: self.num_fetch.view_mut(),
             num_ahead: None,
             tree_pages: None,

@@ -8,6 +8,7 @@
 mod cache;
 mod decode;
 mod doubt;
+mod exact;
 mod fetch;
 mod real;
 mod rig;

@@ -33,8 +33,6 @@ class CudaRows:
         settings = dict(settings)
         # As many as a step retrieves, and enough for the newest tokens besides.
         hot_slots = settings.pop("hot_slots", 0) or max(512, settings["budget"])
-        if settings.pop("dense_layers", 0):
-            raise ValueError("config field `dense_layers`: must be 0 on a CUDA device")
         unknown = [name for name in settings if name not in _SETTINGS]
         if unknown:
             raise ValueError(f"config field `{unknown[0]}`: has no meaning on a CUDA device")

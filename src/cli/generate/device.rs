@@ -49,6 +49,11 @@ fn run_as<E: DeviceElem>(
         100.0 * report.exact_steps as f64 / report.steps.max(1) as f64,
         report.rule,
     )?;
+    if report.link_steps > 0 {
+        let share = 100.0 * report.link_steps as f64 / report.steps.max(1) as f64;
+        let bytes = report.bytes_in_place as f64 / times.decode.tokens.max(1) as f64;
+        writeln!(stderr, "link     {share:.1} % of the layers' steps, {:.2} MB a token", bytes / 1e6)?;
+    }
     print_doubt(report.doubt_rate())?;
     writeln!(
         stderr,

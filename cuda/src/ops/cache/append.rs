@@ -15,6 +15,7 @@ struct AppendStepParams {
     kv: u64,
     q_out: u64,
     ranges: [u64; 4],
+    beyond: [u64; 3],
     num_fetch: u64,
     num_ahead: u64,
     tree_pages: u64,
@@ -37,10 +38,22 @@ pub struct Ranges<'a> {
     pub page_first: DevMut<'a, u32>,
     /// One past them.
     pub page_end: DevMut<'a, u32>,
-    /// Rows of an item that attends all of its tokens, in order of position: of `kv`, or of host memory (see [`DoubtCheck::warm`]).
+    /// Rows of an item that attends all of its tokens: of `kv`, or of host memory (see [`DoubtCheck::warm`]). Of an exact entry those
+    /// that are on the device.
     pub row_first: DevMut<'a, u32>,
     /// One past them; `row_first` for an item that selects.
     pub row_end: DevMut<'a, u32>,
+}
+
+/// Tokens of exact entries that have no row on the device, per item, `[items]` each; device, written.
+#[derive(Debug)]
+pub struct BeyondRows<'a> {
+    /// First of them.
+    pub first: DevMut<'a, u32>,
+    /// One past them; `first` where all have a row.
+    pub end: DevMut<'a, u32>,
+    /// Device address of the item's chunks in host memory.
+    pub warm: DevMut<'a, u64>,
 }
 
 /// How an item finds out that its logits, estimated from key codes, are in doubt: it then attends all of its tokens, and its pages
@@ -78,6 +91,8 @@ pub struct AppendStep<'a, E> {
     pub q_out: DevMut<'a, E>,
     /// Per item.
     pub ranges: Ranges<'a>,
+    /// `None`: every token of an exact entry has its row, or one that has none is reported and not stored.
+    pub beyond: Option<BeyondRows<'a>>,
     /// One word, becomes 0; device.
     pub num_fetch: DevMut<'a, u32>,
     /// Another such word, of what is fetched for later steps (see [`super::resolve_ahead`]).
@@ -114,6 +129,11 @@ pub fn append_step<E: DeviceElem>(
     for range in ranges {
         range.check("ranges", items)?;
     }
+    if let Some(beyond) = &step.beyond {
+        beyond.first.check("beyond", items)?;
+        beyond.end.check("beyond", items)?;
+        beyond.warm.check("beyond", items)?;
+    }
     step.num_fetch.check("num_fetch", 1)?;
     step.num_ahead.as_ref().map_or(Ok(()), |num| num.check("num_ahead", 1))?;
     if let Some(pages) = step.tree_pages {
@@ -136,6 +156,9 @@ pub fn append_step<E: DeviceElem>(
         kv: step.kv.address(),
         q_out: step.q_out.address(),
         ranges: ranges.map(|range| range.address()),
+        beyond: step
+            .beyond
+            .map_or([0; 3], |beyond| [beyond.first.address(), beyond.end.address(), beyond.warm.address()]),
         num_fetch: step.num_fetch.address(),
         num_ahead: step.num_ahead.map_or(0, |num| num.address()),
         tree_pages: step.tree_pages.map_or(0, |pages| pages.address()),

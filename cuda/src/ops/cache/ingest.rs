@@ -101,7 +101,7 @@ struct RefillParams {
 }
 
 /// Copies the rows of tokens `run` of a sequence from host memory to their places in `kv` [rows, 2, head_dim]: at most as many as
-/// the ring holds where the sequence has slots.
+/// the ring holds where the sequence has slots, only such as have a row where it lies densely.
 ///
 /// # Errors
 /// Shapes that do not fit; what the driver reports.

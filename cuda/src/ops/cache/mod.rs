@@ -19,7 +19,7 @@ mod tree;
 
 use bytemuck::{Pod, Zeroable};
 
-pub use append::{AppendStep, DoubtCheck, Ranges, append_step};
+pub use append::{AppendStep, BeyondRows, DoubtCheck, Ranges, append_step};
 pub use finish::{FINISH_PARTS_MAX, FinishStart, finish};
 pub use gather::{Gather, gather};
 pub use ingest::{Ingest, ingest, refill};
@@ -49,7 +49,7 @@ pub struct SequencePlace {
     pub pages: u32,
     /// Pages of each kv head, a multiple of 16.
     pub pages_each: u32,
-    /// Slots of each kv head, or [`SequencePlace::DENSE`].
+    /// Slots of each kv head, or [`SequencePlace::DENSE`]; 0 where a layer attends its ring alone ([`CacheShape::of_span`]).
     pub slots: u32,
     /// Word of the first token in lists of tokens and tables by token.
     pub tokens: u32,
@@ -60,7 +60,7 @@ pub struct SequencePlace {
 }
 
 impl SequencePlace {
-    /// As `slots`: every token has its row, in order of position.
+    /// As `slots`: the first `rows_each` tokens have their rows, in order of position.
     pub const DENSE: u32 = u32::MAX;
 }
 
@@ -74,7 +74,7 @@ pub struct BatchEntry {
     pub tokens: u32,
     /// Counts steps, so that slots know when they were used: above those of earlier steps.
     pub tick: u32,
-    /// 1 = attends all of its tokens, which lie densely; 0 = what is selected.
+    /// 1 = attends all of its tokens, or those in the ring where it does not lie densely; 0 = what is selected.
     pub exact: u32,
 }
 
@@ -98,13 +98,19 @@ pub struct CacheShape {
     pub head_dim: usize,
     /// First tokens, always attended; a multiple of 16.
     pub sinks: usize,
-    /// Newest tokens that no published page holds.
+    /// Newest tokens that no published page holds; 0 where there are no pages.
     pub window: usize,
-    /// Newest tokens that keep their rows beside the slots; at least `window + 16`.
+    /// Newest tokens that keep their rows beside the slots; at least `window + 16` where there are pages.
     pub ring: usize,
 }
 
 impl CacheShape {
+    /// The same heads in a layer that attends its newest `span` tokens alone: a ring of as many rows, no sinks, no pages.
+    #[must_use]
+    pub const fn of_span(self, span: usize) -> Self {
+        Self { sinks: 0, window: 0, ring: span, ..self }
+    }
+
     /// Refuses what no kernel takes.
     ///
     /// # Errors
@@ -116,7 +122,10 @@ impl CacheShape {
             _ if !(1..=16).contains(&self.group) => wrong("group", self.group, "1 to 16"),
             _ if self.heads == 0 => wrong("heads", 0, "at least 1"),
             _ if !self.sinks.is_multiple_of(16) => wrong("sinks", self.sinks, "a multiple of 16"),
-            _ if self.ring < self.window + 16 => wrong("ring", self.ring, "at least the window and 16"),
+            _ if self.ring == 0 => wrong("ring", 0, "at least 1"),
+            _ if self.window > 0 && self.ring < self.window + 16 => {
+                wrong("ring", self.ring, "at least the window and 16")
+            }
             _ => Ok(()),
         }
     }

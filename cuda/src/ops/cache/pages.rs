@@ -4,6 +4,7 @@ use half::f16;
 
 use super::{CacheParams, Ingest, Tables};
 use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream};
+use crate::ops::sweep::{Rotation, RotationParams};
 use crate::ops::{DeviceElem, word};
 
 /// Mirrors `floe::PagesParams`.
@@ -31,7 +32,7 @@ pub(super) struct PageOutParams {
     log_count: u64,
     codes: [u64; 4],
     masks: u64,
-    signs: u64,
+    rotation: RotationParams,
     spread: u64,
     key_bits: u32,
     value_bits: u32,
@@ -76,7 +77,7 @@ pub struct Pages<'a, E> {
     /// Mean square of the coordinates of the keys' residuals to their mean, `[pages]`, with a sketch as of 16 tokens in any case;
     /// `None`: nobody asks.
     pub spread: Option<DevMut<'a, f32>>,
-    /// Sketches of keys and values; not for head_dim 96.
+    /// Sketches of keys and values.
     pub sketch: Option<PageSketch<'a>>,
 }
 
@@ -93,8 +94,8 @@ pub struct PageSketch<'a> {
     pub value_lines: DevMut<'a, u32>,
     /// Value scales [pages, 16]; empty without value bits.
     pub value_scales: DevMut<'a, f16>,
-    /// Signs of the rotation `[head_dim]`, with its factor `1 / sqrt(head_dim)`.
-    pub signs: DevRef<'a, f32>,
+    /// Of residuals, before they are encoded.
+    pub rotation: Rotation<'a>,
 }
 
 impl<E: DeviceElem> Pages<'_, E> {
@@ -115,16 +116,12 @@ impl<E: DeviceElem> Pages<'_, E> {
             log_count: self.log_count.address(),
             codes: [0; 4],
             masks: self.masks.as_ref().map_or(0, DevMut::address),
-            signs: 0,
+            rotation: RotationParams::NONE,
             spread: self.spread.as_ref().map_or(0, DevMut::address),
             key_bits: 0,
             value_bits: 0,
         };
         if let Some(sketch) = &self.sketch {
-            if head_dim == 96 {
-                let expected = "64, 128 or 256 where keys are sketched";
-                return Err(DeviceError::Unsupported { field: "head_dim", value: 96, expected });
-            }
             if !matches!(sketch.bits, [1 | 2, 0..=2]) {
                 let value = 10 * sketch.bits[0] + sketch.bits[1];
                 let expected = "1 or 2 of keys, 0 to 2 of values";
@@ -135,14 +132,13 @@ impl<E: DeviceElem> Pages<'_, E> {
             sketch.key_scales.check("key_scales", num_pages * 16)?;
             sketch.value_lines.check("value_lines", sketch.bits[1] * per_bit)?;
             sketch.value_scales.check("value_scales", if sketch.bits[1] > 0 { num_pages * 16 } else { 0 })?;
-            sketch.signs.check("signs", head_dim)?;
             out.codes = [
                 sketch.key_lines.address(),
                 sketch.key_scales.address(),
                 sketch.value_lines.address(),
                 sketch.value_scales.address(),
             ];
-            out.signs = sketch.signs.address();
+            out.rotation = RotationParams::new(&sketch.rotation, head_dim)?;
             [out.key_bits, out.value_bits] = sketch.bits.map(|bits| bits as u32);
         }
         Ok((out, word("pages", num_pages)?))

@@ -55,15 +55,15 @@ pub struct Rotation<'a> {
 /// Mirrors `floe::RotationParams`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct RotationParams {
+pub(in crate::ops) struct RotationParams {
     signs: u64,
     order: u64,
 }
 
 impl RotationParams {
-    const NONE: Self = Self { signs: 0, order: 0 };
+    pub(in crate::ops) const NONE: Self = Self { signs: 0, order: 0 };
 
-    fn new(rotation: &Rotation<'_>, head_dim: usize) -> Result<Self, DeviceError> {
+    pub(in crate::ops) fn new(rotation: &Rotation<'_>, head_dim: usize) -> Result<Self, DeviceError> {
         let rounds = if head_dim.is_power_of_two() { 1 } else { 2 };
         rotation.signs.check("rotation.signs", rounds * head_dim)?;
         match rotation.order {

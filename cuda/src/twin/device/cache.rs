@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::HostRotation;
 use crate::KvElem;
 use crate::ops::cache::{BatchEntry, CacheShape, SequencePlace};
 
@@ -85,8 +86,12 @@ impl<E: KvElem> HostCache<E> {
         }
     }
 
-    /// Copies a row from host memory to its place.
+    /// Copies a row from host memory to its place, if it has one.
     pub fn place(&mut self, sequence: usize, head: usize, token: usize) {
+        let place = &self.places[sequence];
+        if place.slots == SequencePlace::DENSE && token >= place.rows_each as usize {
+            return;
+        }
         let (at, len) = (self.row_of(sequence, head, token), self.shape.row_len());
         if let Some(row) = self.warm.get(&(sequence, head, token)) {
             self.kv[at * len..(at + 1) * len].copy_from_slice(row);
@@ -111,8 +116,13 @@ impl<E: KvElem> HostCache<E> {
         residuals.map(|x| f64::from(x).powi(2)).sum::<f64>() / (16 * d) as f64
     }
 
-    /// Residual of a token's key (`value`: value) to its page's mean, times `signs`, Walsh-Hadamard transformed.
-    pub fn rotated(&self, (sequence, head, token): WarmRow, value: bool, signs: &[f32]) -> Vec<f64> {
+    /// Rotated residual of a token's key (`value`: value) to its page's mean.
+    pub fn rotated(
+        &self,
+        (sequence, head, token): WarmRow,
+        value: bool,
+        rotation: &HostRotation<'_>,
+    ) -> Vec<f64> {
         let d = self.shape.head_dim;
         let means = self.means(sequence, head, token / 16);
         let half = if value { d..2 * d } else { 0..d };
@@ -120,11 +130,9 @@ impl<E: KvElem> HostCache<E> {
         let residual: Vec<f64> = row[half.clone()]
             .iter()
             .zip(&means[half])
-            .zip(signs)
-            .map(|((x, mean), sign)| f64::from(x.to_f32() - mean) * f64::from(*sign))
+            .map(|(x, mean)| f64::from(x.to_f32() - mean))
             .collect();
-        let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
-        (0..d).map(|i| residual.iter().enumerate().map(|(j, x)| sign(i, j) * x).sum()).collect()
+        rotation.rotate(&residual)
     }
 
     /// Rows for what each item attends. `found` are tokens (`16 page + place`) by item.
