@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Graph, Stream};
+use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Graph, Stream};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::cache::{
     BatchEntry, CHUNK_ROWS, DeviceTensor, Ingest, PageSource, SequencePlace, Tables, build_pages, ingest,
@@ -43,6 +43,26 @@ pub struct LayerStep<'a> {
     pub out: DeviceTensor,
 }
 
+/// Who takes part in a step.
+#[derive(Debug)]
+pub(super) struct BatchTable {
+    device: DeviceBuffer<BatchEntry>,
+    /// What the device holds.
+    pub(super) entries: Vec<BatchEntry>,
+}
+
+impl BatchTable {
+    fn new(device: &Device, options: &GpuOptions) -> Result<Self> {
+        let most = options.max_batch.next_power_of_two();
+        let entries = vec![BatchEntry::default(); most];
+        Ok(Self { device: DeviceBuffer::zeros(device, most)?, entries })
+    }
+
+    pub(super) fn view(&self) -> DevRef<'_, BatchEntry> {
+        self.device.view()
+    }
+}
+
 /// A recorded step: seen once, then recorded, then replayed.
 #[derive(Debug)]
 enum Recorded {
@@ -73,9 +93,9 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) ahead: Option<AheadStreams>,
     /// With pages of similar keys.
     pub(super) trees: Option<Trees>,
-    pub(super) batch: DeviceBuffer<BatchEntry>,
-    /// What the device holds in `batch`.
-    pub(super) uploaded: Vec<BatchEntry>,
+    /// Of steps that select, and of exact ones: layers of either kind follow one another with the same sequences.
+    pub(super) batch: BatchTable,
+    exact_batch: BatchTable,
     /// By class of layers.
     pub(super) sequences: Vec<DeviceBuffer<SequencePlace>>,
     pub(super) host: HostPool,
@@ -119,8 +139,8 @@ impl<E: DeviceElem> GpuEngine<E> {
             shared: Shared::new(device, &plan, &options)?,
             ahead: (plan.prefetch > 0).then(|| AheadStreams::new(device)).transpose()?,
             trees: if plan.tree { Some(Trees::new(device, &options)?) } else { None },
-            batch: DeviceBuffer::zeros(device, options.max_batch.next_power_of_two())?,
-            uploaded: vec![BatchEntry::default(); options.max_batch.next_power_of_two()],
+            batch: BatchTable::new(device, &options)?,
+            exact_batch: BatchTable::new(device, &options)?,
             sequences: classes.all.iter().map(|_| table()).collect::<Result<_, _>>()?,
             host: HostPool::new(device, plan.shape.heads * CHUNK_ROWS * row_bytes, options.host_bytes),
             places: Places::new(&options, &classes),
@@ -360,12 +380,13 @@ impl<E: DeviceElem> GpuEngine<E> {
         if exact {
             shape.exact_tokens = shape.exact_tokens.max(1024);
         }
-        if self.uploaded[..entries.len()] != entries[..] {
+        let table = if exact { &mut self.exact_batch } else { &mut self.batch };
+        if table.entries[..entries.len()] != entries[..] {
             if let Some(ahead) = &self.ahead {
                 ahead.wait_for_lists(stream)?;
             }
-            self.batch.write_async(0, &entries, stream)?;
-            self.uploaded[..entries.len()].copy_from_slice(&entries);
+            table.device.write_async(0, &entries, stream)?;
+            table.entries[..entries.len()].copy_from_slice(&entries);
         }
         Ok(shape)
     }
@@ -404,7 +425,8 @@ impl<E: DeviceElem> GpuEngine<E> {
         let memory = &mut self.layers[layer];
         let class = self.classes.of(layer);
         let (plan, shared) = (&self.classes.all[class].plan, &mut self.shared);
-        let tables = (self.batch.view(), self.sequences[class].view());
+        let batch = if shape.exact { &self.exact_batch } else { &self.batch };
+        let tables = (batch.view(), self.sequences[class].view());
         shared.clock.layer = layer;
         // Recorded events have no time.
         let launched = match self.options.submit {

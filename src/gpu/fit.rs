@@ -2,6 +2,7 @@
 
 use super::classes::{Classes, POLICY};
 use super::options::{GpuOptions, Plan};
+use super::places::chunks_of;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -45,7 +46,10 @@ impl GpuOptions {
         let span_rows: usize = of_spans.map(|class| class.layers * class.rows).sum();
         let selecting = &classes.all[POLICY];
         let plan = &selecting.plan;
-        let rows = span_rows * plan.shape.row_len() * element;
+        let layers: usize = classes.all.iter().map(|class| class.layers).sum();
+        // Addresses of host chunks; first slots and numbers of pages.
+        let tables = self.max_sequences * (chunks_of(self.max_tokens) + plan.shape.heads) * 8;
+        let rows = span_rows * plan.shape.row_len() * element + layers * tables;
         if plan.exact {
             return rows;
         }

@@ -288,7 +288,7 @@ impl<E: DeviceElem> GpuEngine<E> {
         let each = self.plan.nodes_each(self.options.max_tokens);
         let Some(chain) = self.chains.get_mut(shape).filter(|_| each > 0) else { return Ok(()) };
         let of = |entry: &BatchEntry| if entry.tokens == 0 { u32::MAX } else { entry.sequence };
-        let sequences: Vec<u32> = self.uploaded[..shape.entries].iter().map(of).collect();
+        let sequences: Vec<u32> = self.batch.entries[..shape.entries].iter().map(of).collect();
         Ok(chain.enter((&self.plan, each), &sequences, stream)?)
     }
 

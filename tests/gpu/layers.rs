@@ -250,3 +250,28 @@ fn a_layer_of_a_span_takes_the_rows_of_its_span() {
         assert_eq!(open(tokens), 2 * row * (5 * 512 + tokens), "{tokens} tokens");
     }
 }
+
+#[test]
+fn rows_fill_the_memory_that_they_are_given() {
+    let world = world();
+    let given = 700 << 20;
+    for policy in ["full", "pagemean:unit=page,tail=page", "pagemean:sketch=k2v1,tail=page", "floe"] {
+        let heads = HeadShape::new(8, 4, 128).unwrap();
+        let hot = HotConfig { slots: 512, ..HotConfig::default() };
+        let (spans, policy) =
+            ((0..12).map(|layer| (layer % 3 > 0).then_some(1024)).collect(), policy.parse());
+        let config = Config {
+            policy: policy.unwrap(),
+            hot,
+            spans,
+            dense_layers: 1,
+            ..Config::new(12, heads, KvDtype::Bf16)
+        };
+        let all = GpuOptions::for_load(&config, 2, 65_536, 1.0);
+        let cut = all.clone().within(&config, given).unwrap();
+        assert!(cut.rows < all.rows, "all of it takes more than is given");
+        let memory = GpuEngine::<bf16>::open(&world.device, config.clone(), cut).unwrap().memory();
+        let taken = memory.rows_bytes + memory.summary_bytes;
+        assert!(taken <= given && taken * 100 > given * 98, "{}: {taken} of {given}", config.policy.spec());
+    }
+}
