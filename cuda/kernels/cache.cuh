@@ -6,8 +6,9 @@
 //   slots    | sinks            | ring: token t at t % ring | slots ...    |
 //   span     | ring: token t at t % ring                                    |    no sinks, no slots
 //
-// The ring holds the newest tokens. Of a dense sequence that is longer than its rows the first tokens have theirs. Every row also lies in page-locked host memory, in chunks of 256 rows a head. Pages are runs
-// of 16 tokens; those with a token among the newest `window` are not published, their tokens are always attended.
+// The ring holds the newest tokens. Of a dense sequence that is longer than its rows the first tokens have theirs. Every row also lies
+// in page-locked host memory, in chunks of 256 rows a head. Pages are runs of 16 tokens; those with a token among the newest `window`
+// are not published, their tokens are always attended.
 #pragma once
 #include "tile.cuh"
 

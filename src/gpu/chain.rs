@@ -346,9 +346,10 @@ impl<E: DeviceElem> Chain<E> {
             self.queue_sparse(stream, (plan, shared), tables, (kv, pages, slots, nodes), params)?;
         }
         if let Some((_, state)) = &self.exact {
-            let mut parts = vec![state.read()];
-            parts.extend(self.beyond.as_ref().map(Beyond::read));
-            let work = || finish(stream, tables, &parts, &io.out, FinishStart::Early);
+            let beyond = self.beyond.as_ref().map(Beyond::read);
+            let parts = [state.read(), beyond.unwrap_or(state.read())];
+            let parts = &parts[..1 + usize::from(beyond.is_some())];
+            let work = || finish(stream, tables, parts, &io.out, FinishStart::Early);
             shared.clock.time(Stage::Finish, stream, work)?;
         }
         let Some(sparse) = &self.sparse else { return Ok(()) };

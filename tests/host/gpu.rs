@@ -100,7 +100,8 @@ fn talk(config: &Config, keep_all: bool) {
         assert!(gpu < EXACT, "{name}");
     } else {
         assert!(cpu > EXACT && gpu > EXACT, "{name}: nothing was selected");
-        assert!(gpu < 1.15 * cpu, "{name}: {gpu}, on the CPU {cpu}");
+        // The device retrieves up to fifteen tokens fewer. A wrong code costs as much as none: twice the error and more.
+        assert!(gpu < 1.3 * cpu, "{name}: {gpu}, on the CPU {cpu}");
     }
     let report = three.gpu.report().unwrap();
     assert_eq!(report.exact_steps == report.steps, exact, "{name}");
