@@ -41,7 +41,7 @@ template <typename E, int D> __device__ __forceinline__ void build_page(const Pa
             shared.rows[0][token][32 * l + lane] = wide(row[32 * l + lane]), shared.rows[1][token][32 * l + lane] = wide(row[D + 32 * l + lane]);
     }
     // Sinks are always attended: a page of sinks stands for nothing.
-    write_page<E, D>(p.out, shared, at, 0xffff, page * 16 >= c.sinks);
+    write_page<E, D>(p.out, shared, at, at, 0xffff, page * 16 >= c.sinks);
 }
 
 } // namespace floe

@@ -65,7 +65,8 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const P
     const uint32_t tiles = end > first ? (end - first + 15) / 16 : 0;
     const uint4 *keys = static_cast<const uint4 *>(p.keys);
     float *scores = p.scores;
-    for (uint32_t tile = blockIdx.x * SCORE_WARPS + warp; tile < tiles; tile += gridDim.x * SCORE_WARPS) {
+    // Neighbouring tiles go to different blocks, so that all of them have as many, or one more.
+    for (uint32_t tile = warp * gridDim.x + blockIdx.x; tile < tiles; tile += gridDim.x * SCORE_WARPS) {
         const uint32_t page = first + tile * 16;
         uint4 b[2][PARTS];
 #pragma unroll
@@ -83,20 +84,21 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const P
                 mma<E>(s[half], a[j][1], b[half][j].z, b[half][j].w);
             }
         }
+        // All under way before the first score is stored: of pages 2 quarter, the next, and eight further on.
+        float extra[4], spread[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const uint32_t at = page + e / 2 * 8 + quarter * 2 + e % 2;
+            extra[e] = at < end ? p.log_count[at] : -INFINITY;
+            spread[e] = p.spreads && at < end ? p.spreads[at] : 0;
+        }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint32_t column = half * 8 + quarter * 2;
-            float extra[2], spread[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const uint32_t at = page + column + e;
-                extra[e] = at < end ? p.log_count[at] : -INFINITY;
-                spread[e] = p.spreads && at < end ? p.spreads[at] : 0;
-            }
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                const float s0 = s[half][2 * x] * p.scale + (extra[0] + by_spread[x] * spread[0]);
-                const float s1 = s[half][2 * x + 1] * p.scale + (extra[1] + by_spread[x] * spread[1]);
+                const float s0 = s[half][2 * x] * p.scale + (extra[2 * half] + by_spread[x] * spread[2 * half]);
+                const float s1 = s[half][2 * x + 1] * p.scale + (extra[2 * half + 1] + by_spread[x] * spread[2 * half + 1]);
                 if (row + 8 * x < p.group)
                     *reinterpret_cast<float2 *>(scores + score_at(first / 16 + tile, p.group, row + 8 * x, column)) = {s0, s1};
                 const float to = fmaxf(max[x], fmaxf(s0, s1));

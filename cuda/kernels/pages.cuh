@@ -71,10 +71,10 @@ template <int LINES> __device__ __forceinline__ __half encode(const float (&x)[L
     return stored;
 }
 
-// Writes page `at`, whose tokens are those with a bit in `live`, their rows in `s.rows`; it stands for nothing without a token, or where
-// these do not count.
+// Writes page `at`, whose tokens are those with a bit in `live`, their rows in `s.rows`; its count, mask and spread to place `said`. It
+// stands for nothing without a token, or where these do not count.
 template <typename E, int D>
-__device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, uint32_t at, uint32_t live, bool counts) {
+__device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, uint32_t at, uint32_t said, uint32_t live, bool counts) {
     constexpr int LINES = D / 32;
     const uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32, count = __popc(live);
     const bool lives = live >> token & 1;
@@ -89,8 +89,8 @@ __device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, u
         s.mean[which][d] = wide(rounded);
     }
     if (threadIdx.x == 0) {
-        p.log_count[at] = counts && count ? logf(float(count)) : -INFINITY;
-        if (p.masks) p.masks[at] = counts ? uint16_t(live) : 0;
+        p.log_count[said] = counts && count ? logf(float(count)) : -INFINITY;
+        if (p.masks) p.masks[said] = counts ? uint16_t(live) : 0;
     }
     if (p.spread) {
         __syncthreads();
@@ -107,7 +107,7 @@ __device__ __forceinline__ void write_page(const PageOut &p, PageShared<D> &s, u
             float sum = 0;
 #pragma unroll
             for (int t = 0; t < 16; t++) sum += s.spread[t];
-            p.spread[at] = sum / float((p.key_bits ? 16 : max(count, 1u)) * D);
+            p.spread[said] = sum / float((p.key_bits ? 16 : max(count, 1u)) * D);
         }
     }
     if (p.key_bits + p.value_bits == 0) return;

@@ -5,8 +5,9 @@
 //
 // Codes go to the tensor cores as they lie in memory: a product of bits takes the token's plane of codes and a plane of the rotated
 // query, which is rounded to eight bits a coordinate. 65536 pages cost 32 instructions each to turn bits into bytes, 64 to turn
-// them into f16, none this way. A warp takes 16 pages; their mean keys are 16 rows of an ordinary product, then the
-// codes of two pages at a time are two tiles of 16 tokens.
+// them into f16, none this way. A warp takes 16 pages at a time; their mean keys are 16 rows of an ordinary product, then the
+// codes of two pages at a time are two tiles of 16 tokens. Every warp has an equal share of an item's pairs of pages, in one piece:
+// shares of whole tiles would let most warps wait for a few that have one tile more.
 #pragma once
 #include "bits.cuh"
 #include "rotate.cuh"
@@ -130,24 +131,28 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
     const int warp = threadIdx.x / 32;
     const uint32_t item = blockIdx.y, head0 = blockIdx.z * 8;
     const uint32_t first = p.first[item], end = min(p.end[item], p.num_pages);
-    const uint32_t tiles = end > first ? (end - first + 15) / 16 : 0, stride = gridDim.x * SCAN_WARPS;
-    uint32_t tile = blockIdx.x * SCAN_WARPS + warp;
+    // Pages up to the next multiple of 16 get scores too.
+    const uint32_t pairs = end > first ? (end - first + 15) / 16 * 8 : 0, all_warps = gridDim.x * SCAN_WARPS;
+    const uint32_t of_all = blockIdx.x * SCAN_WARPS + warp;
+    uint32_t page = first + 2 * uint32_t(uint64_t(pairs) * of_all / all_warps);
+    const uint32_t stop = first + 2 * uint32_t(uint64_t(pairs) * (of_all + 1) / all_warps);
     // The first tile is under way before the queries are read.
     const uint4 *keys = static_cast<const uint4 *>(p.keys);
     uint4 rows[2][PARTS];
-    auto read_keys = [&](uint32_t tile) {
+    auto read_keys = [&](uint32_t page) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            // Beyond the share any row will do.
+            const uint32_t at = min(page + half * 8 + g, stop - 1);
 #pragma unroll
-            for (int j = 0; j < PARTS; j++)
-                rows[half][j] = __ldcs(keys + uint64_t(first + tile * 16 + half * 8 + g) * (D / 8) + j * 4 + q);
+            for (int j = 0; j < PARTS; j++) rows[half][j] = __ldcs(keys + uint64_t(at) * (D / 8) + j * 4 + q);
         }
     };
     Pair pair[AHEAD];
-    if (tile < tiles) {
-        read_keys(tile);
+    if (page < stop) {
+        read_keys(page);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) pair[i] = read(first + tile * 16 + 2 * i, end);
+        for (int i = 0; i < AHEAD; i++) pair[i] = read(min(page + 2 * i, stop - 2), end);
     }
     const E *queries = static_cast<const E *>(p.q) + (uint64_t(item) * p.group + head0) * D;
     const int heads = min(int(p.group - head0), WIDTH);
@@ -206,8 +211,7 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
         step[h] = steps[q * HEADS + h], spread[h] = spreads[q * HEADS + h];
         offset[h] = ((1 << BITS) - 1) * unit_sums[q * HEADS + h];
     }
-    for (; tile < tiles; tile += stride) {
-        const uint32_t page = first + tile * 16;
+    for (; page < stop; page += 16) {
         // c[2 x + h]: page g + 8 x, head h of the lane.
         float c[4] = {};
 #pragma unroll
@@ -218,8 +222,7 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
             mma<E>(c, a0, x.x, x.y);
             mma<E>(c, a1, x.z, x.w);
         }
-        const bool more = tile + stride < tiles;
-        if (more) read_keys(tile + stride);
+        if (page + 16 < stop) read_keys(page + 16);
         float base[2][HEADS];
 #pragma unroll
         for (int x = 0; x < 2; x++) {
@@ -228,8 +231,8 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
                 const uint32_t at = page + g + 8 * x;
                 base[x][h] = min_nan(c[2 * x + h] * p.scale, 3.4028234e38f);
                 const bool none = at >= end || p.masks[min(at, p.num_pages - 1)] == 0;
-                if (int(q * HEADS + h) < heads)
-                    p.scores[score_at(page / 16, p.group, head0 + q * HEADS + h, g + 8 * x)] = none ? -INFINITY : base[x][h];
+                if (at < stop && int(q * HEADS + h) < heads)
+                    p.scores[score_at(at / 16, p.group, head0 + q * HEADS + h, at % 16)] = none ? -INFINITY : base[x][h];
             }
         }
 #pragma unroll 1
@@ -237,6 +240,7 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
 #pragma unroll
         for (int slot = 0; slot < AHEAD; slot++) {
             const int i = ahead + slot;
+            if (page + 2 * i >= stop) break;
             Pair &now = pair[slot];
             float score[4][HEADS];
             {
@@ -273,8 +277,8 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
                     }
                 }
             }
-            const int next = i + AHEAD;
-            if (next < 8 || more) now = read(next < 8 ? page + 2 * next : page + stride * 16 + 2 * (next - 8), end);
+            const uint32_t next = page + 2 * (i + AHEAD);
+            if (next < stop) now = read(next, end);
             const uint32_t at = page + 2 * i + g / 4;
             const int from = ((2 * i + g / 4) % 8) * 4 + q;
 #pragma unroll

@@ -119,7 +119,8 @@ template <typename E, int D, Unit U, int HEADS> __device__ void Tail<E, D, U, HE
     mine = shared + warp * WARP;
     const uint32_t item = blockIdx.y, first = p.first[item], end = min(p.end[item], p.num_pages);
     const uint32_t tiles = end > first ? (end - first + 15) / 16 : 0, stride = gridDim.x * warps;
-    uint32_t tile = blockIdx.x * warps + warp;
+    // Neighbouring tiles go to different blocks, so that all of them have as many, or a few more.
+    uint32_t tile = warp * gridDim.x + blockIdx.x;
     if (tile < tiles) load_values(first + tile * 16, 0);
     wait_for_earlier();
     let_next_start();

@@ -179,6 +179,6 @@ impl<E: DeviceElem> GpuEngine<E> {
         for memory in self.layers.iter().filter_map(|memory| memory.ahead.as_ref()) {
             stream.wait(&memory.done)?;
         }
-        Ok(())
+        self.trees.as_ref().map_or(Ok(()), |trees| trees.settle(stream))
     }
 }

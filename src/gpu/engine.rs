@@ -138,7 +138,11 @@ impl<E: DeviceElem> GpuEngine<E> {
             layers,
             shared: Shared::new(device, &plan, &options)?,
             ahead: (plan.prefetch > 0).then(|| AheadStreams::new(device)).transpose()?,
-            trees: if plan.tree { Some(Trees::new(device, &options)?) } else { None },
+            trees: if plan.tree {
+                Some(Trees::new(device, (&plan, &options), config.num_layers)?)
+            } else {
+                None
+            },
             batch: BatchTable::new(device, &options)?,
             exact_batch: BatchTable::new(device, &options)?,
             sequences: classes.all.iter().map(|_| table()).collect::<Result<_, _>>()?,

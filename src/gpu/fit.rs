@@ -60,7 +60,8 @@ impl GpuOptions {
         let nodes = plan.nodes(self) * (2 * plan.shape.head_dim * element + 8);
         let residuals = if plan.by_token() { 32 } else { 0 };
         let scores = pages * plan.shape.group * (4 + residuals) * if plan.prefetch > 0 { 2 } else { 1 };
-        rows + selecting.layers * (of_layer + nodes) + scores
+        let staged = plan.staged_bytes(self.max_sequences * layers);
+        rows + selecting.layers * (of_layer + nodes) + scores + staged
     }
 }
 

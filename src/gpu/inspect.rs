@@ -139,10 +139,11 @@ impl<E: DeviceElem> GpuEngine<E> {
     pub fn memory(&self) -> GpuMemory {
         let layers = self.layers.iter().map(LayerMemory::size_bytes);
         let (rows_bytes, beside_bytes) = layers.fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        let staged = self.plan.staged_bytes(self.options.max_sequences * self.config.num_layers);
         GpuMemory {
             rows_bytes,
             rows_free: self.places.rows_free(),
-            summary_bytes: beside_bytes + self.shared.size_bytes(),
+            summary_bytes: beside_bytes + self.shared.size_bytes() + staged,
             host_bytes: self.host.size_bytes(),
         }
     }

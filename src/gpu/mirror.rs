@@ -6,7 +6,8 @@
 //!                       v                    v
 //! device          pages 0 .. used, in any order; freed ones are used again, lowest first
 //! ```
-//! The device builds a page from the rows of its tokens, so that all it has to be told is which tokens these are.
+//! The device builds a page from the rows of its tokens, so that all it has to be told is which tokens these are. Pages that tokens
+//! leave are used again one change later, so that those of a change can be built while steps still look at the state before it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,6 +22,15 @@ const NONE: u32 = u32::MAX;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Full;
 
+/// What the device has to be told of a tree.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    /// Pages, none twice, in rising order.
+    pub(super) pages: Vec<TreePage>,
+    /// Whether all of them stood for nothing or will, so that they can be built while steps look at the others.
+    pub(super) beside: bool,
+}
+
 /// The device's pages of one tree.
 #[derive(Debug)]
 pub(super) struct Mirror {
@@ -32,6 +42,8 @@ pub(super) struct Mirror {
     of_young: BTreeMap<KeyId, u32>,
     /// Pages below `used` that stand for nothing.
     free: BTreeSet<u32>,
+    /// Those that the last change freed, for the change after the next.
+    left: Vec<u32>,
     used: u32,
     /// State of the tree that the device has; `None`: of none.
     seen: Option<Epoch>,
@@ -46,6 +58,7 @@ impl Mirror {
             of_page: Vec::new(),
             of_young: BTreeMap::new(),
             free: BTreeSet::new(),
+            left: Vec::new(),
             used: 0,
             seen: None,
         }
@@ -60,19 +73,18 @@ impl Mirror {
     pub(super) fn restart(&mut self) {
         self.of_page.clear();
         self.of_young.clear();
+        self.left.clear();
         self.free = (0..self.used).collect();
         self.seen = None;
     }
 
-    /// Appends the pages that differ from what was last appended, none twice, in rising order. With `opened`, by super-node, only pages
-    /// of those are there. After an error the mirror has to be restarted.
-    pub(super) fn follow(
-        &mut self,
-        tree: PageView<'_>,
-        opened: Option<&[bool]>,
-        to: &mut Vec<TreePage>,
-    ) -> Result<(), Full> {
+    /// What differs from what was told last. With `opened`, by super-node, only pages of those are there. After an error the mirror has to
+    /// be restarted.
+    pub(super) fn follow(&mut self, tree: PageView<'_>, opened: Option<&[bool]>) -> Result<Told, Full> {
         let mut dirty: BTreeMap<u32, TreePage> = BTreeMap::new();
+        // Pages of an earlier tree are overwritten.
+        let mut beside = self.seen.is_some() && opened.is_none();
+        self.free.extend(self.left.drain(..));
         self.of_page.resize(self.of_page.len().max(tree.num_pages()), NONE);
         let changed: BTreeSet<u32> = match self.seen.map(|epoch| tree.changes(epoch)) {
             Some(Changes::Pages(pages)) => pages.iter().copied().collect(),
@@ -109,14 +121,22 @@ impl Mirror {
             let at = std::mem::replace(&mut self.of_page[page as usize], NONE);
             freed.extend((at != NONE).then_some(at));
         }
-        for page in freed {
-            self.free.insert(page);
+        for &page in &freed {
             dirty.insert(page, self.page(page, 0, &[]));
+        }
+        // A list may have other pages altogether, for which there is no second room.
+        if beside {
+            self.left = freed;
+        } else {
+            self.free.extend(freed);
         }
         for &page in changed.iter().filter(|&&page| live(page) != 0) {
             let at = match self.of_page[page as usize] {
                 NONE => self.take()?,
-                at => at,
+                at => {
+                    beside = false;
+                    at
+                }
             };
             self.of_page[page as usize] = at;
             let ids = &tree.ids()[page as usize * 16..][..16];
@@ -130,8 +150,7 @@ impl Mirror {
             }
         }
         self.seen = Some(tree.epoch());
-        to.extend(dirty.into_values());
-        Ok(())
+        Ok(Told { pages: dirty.into_values().collect(), beside })
     }
 
     fn take(&mut self) -> Result<u32, Full> {
@@ -169,7 +188,11 @@ mod tests {
     struct Held(BTreeMap<u32, Vec<u32>>);
 
     impl Held {
-        fn apply(&mut self, pages: &[TreePage]) {
+        /// What can be built beside steps touches no page that they look at.
+        fn apply(&mut self, told: &Told) {
+            let Told { pages, beside } = told;
+            let looked_at = |page: &TreePage| self.0.get(&page.page).is_some_and(|held| !held.is_empty());
+            assert!(!beside || pages.iter().all(|page| page.live == 0 || !looked_at(page)));
             assert!(pages.windows(2).all(|two| two[0].page < two[1].page), "no page twice");
             for page in pages {
                 let live = (0..16).filter(|i| page.live >> i & 1 == 1).map(|i| page.ids[i as usize]);
@@ -210,22 +233,24 @@ mod tests {
         let (mut index, mut mirror, mut held) =
             (Dci::new(DIM).unwrap(), Mirror::new(3, 4096), Held::default());
         let mut step = |index: &Dci, mirror: &mut Mirror, end: u32| {
-            let mut pages = Vec::new();
-            mirror.follow(index.pages().unwrap(), None, &mut pages).unwrap();
-            assert!(pages.iter().all(|page| page.head == 3 && page.unused == 0));
-            held.apply(&pages);
+            let told = mirror.follow(index.pages().unwrap(), None).unwrap();
+            assert!(told.pages.iter().all(|page| page.head == 3 && page.page < mirror.used()));
+            held.apply(&told);
             assert_eq!(held.tokens(mirror.used()), (16..end).collect::<Vec<_>>());
-            pages.len()
+            (told.pages.len(), told.beside)
         };
         insert(&mut index, 16..2000);
-        assert!(step(&index, &mut mirror, 2000) >= 124);
-        assert_eq!(step(&index, &mut mirror, 2000), 0, "nothing changed");
+        let (built, beside) = step(&index, &mut mirror, 2000);
+        assert!(built >= 124 && !beside);
+        assert_eq!(step(&index, &mut mirror, 2000), (0, true), "nothing changed");
         let mut end = 2000;
         let mut sent = 0;
         for _ in 0..40 {
             insert(&mut index, end..end + 16);
             end += 16;
-            sent = step(&index, &mut mirror, end);
+            let (pages, beside) = step(&index, &mut mirror, end);
+            assert!(beside, "tokens that join change no page of others");
+            sent = pages;
         }
         // Sixteen tokens come, as many leave for a page.
         assert!(sent <= 40, "{sent} pages for sixteen tokens");
@@ -242,17 +267,16 @@ mod tests {
     fn a_full_mirror_says_so_and_starts_anew() {
         let mut index = Dci::new(DIM).unwrap();
         insert(&mut index, 0..320);
-        let (mut mirror, mut held, mut pages) = (Mirror::new(0, 40), Held::default(), Vec::new());
-        mirror.follow(index.pages().unwrap(), None, &mut pages).unwrap();
-        held.apply(&pages);
+        let (mut mirror, mut held) = (Mirror::new(0, 40), Held::default());
+        held.apply(&mirror.follow(index.pages().unwrap(), None).unwrap());
         insert(&mut index, 320..400);
-        assert_eq!(mirror.follow(index.pages().unwrap(), None, &mut Vec::new()), Err(Full));
+        assert!(mirror.follow(index.pages().unwrap(), None).is_err());
         let mut dense = Dci::new(DIM).unwrap();
         insert(&mut dense, 0..400);
         mirror.restart();
-        pages.clear();
-        mirror.follow(dense.pages().unwrap(), None, &mut pages).unwrap();
-        held.apply(&pages);
+        let told = mirror.follow(dense.pages().unwrap(), None).unwrap();
+        assert!(!told.beside, "pages of the old tree are looked at");
+        held.apply(&told);
         assert_eq!(held.tokens(mirror.used()), (0..400).collect::<Vec<_>>());
     }
 }

@@ -12,7 +12,7 @@
 //! two of entries and pages, the same tensors) and replayed from then on. Sequences join and leave between steps.
 //!
 //! With the policy `floe` pages are those of trees on the host, one a kv head, which threads build ([`GpuEngine::index`]) and extend;
-//! the device hears which tokens each page holds and builds it from their rows.
+//! the device hears which tokens each page holds and builds it from their rows, beside the steps and before the one that needs it.
 //!
 //! # What is computed
 //! Sinks and the newest `window` to `window + 15` tokens are attended exactly, and so are the best tokens (by one-bit key sketches) or
@@ -50,6 +50,7 @@
 //! Tensors at the same addresses in later steps (as PyTorch's allocator usually gives) let the step be replayed.
 
 mod ahead;
+mod announce;
 mod chain;
 mod classes;
 mod clock;
@@ -76,6 +77,7 @@ mod sequences;
 mod standing;
 mod tree;
 mod trees;
+mod turns;
 mod whole;
 
 pub use clock::{Stage, StageSpan};

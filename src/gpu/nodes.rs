@@ -116,8 +116,8 @@ mod tests {
         for turn in 0..20u32 {
             let num = index.num_super_nodes();
             let opened: Vec<bool> = (0..num).map(|node| (node as u32 * 7 + turn / 2 * 5) % 11 < 3).collect();
-            let (mut listed, mut updates) = (Vec::new(), Vec::new());
-            pages.follow(index.pages().unwrap(), Some(&opened), &mut listed).unwrap();
+            let mut updates = Vec::new();
+            let listed = pages.follow(index.pages().unwrap(), Some(&opened)).unwrap().pages;
             nodes.follow(&index, &opened, &mut updates).unwrap();
             held.extend(listed.iter().map(|page| (page.page, page.live.count_ones())));
             for update in updates {

@@ -156,7 +156,7 @@ pub(super) const fn ring(window: usize) -> usize {
 /// the ones turn into the others.
 fn pages_each(capacity: usize, tree: bool) -> usize {
     let pages = capacity.div_ceil(PAGE_TOKENS);
-    let pages = if tree { pages + young_max(capacity) + 2 * PAGE_TOKENS } else { pages };
+    let pages = if tree { pages + young_max(capacity) + 4 * PAGE_TOKENS } else { pages };
     pages.next_multiple_of(PAGE_TOKENS)
 }
 
@@ -386,6 +386,12 @@ impl Plan {
     pub(super) fn token_words(&self, options: &GpuOptions, pages: usize) -> usize {
         let words = options.max_sequences * self.shape.heads * capacity_words(options.max_tokens);
         if self.tree { words } else { pages * PAGE_TOKENS }
+    }
+
+    /// Pages of a layer's trees that are built beside steps at a time: sixteen tokens become sixteen pages of their own and one or two
+    /// of sixteen, which leave as many pages of one token.
+    pub(super) const fn built_beside(&self) -> usize {
+        if self.tree && self.listed.is_none() { self.shape.heads * 4 * PAGE_TOKENS } else { 0 }
     }
 
     /// Where pages of trees are chosen, in words.

@@ -57,7 +57,8 @@ pub struct TreeReport {
     pub search_us: f64,
     /// Steps of a layer and sequence whose pages were listed for a query older than the step before, because the host was not done.
     pub stale_lists: u64,
-    /// Steps of a layer that waited for the threads: the first after a prompt, others only where the threads are too slow.
+    /// Steps of a layer that waited for the threads: the first after a prompt; others only where the host is more than a window
+    /// of tokens ahead of the device, or the threads are too slow.
     pub waits: u64,
 }
 

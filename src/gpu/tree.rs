@@ -2,7 +2,9 @@
 //!
 //! A batch of tokens is *submitted* once the work that stores their rows is queued: a worker waits for that work, reads the rows in
 //! page-locked memory, inserts them and leaves what the device has to be told, until the step that needs it *takes* it. Batches of a
-//! tree are done in order, one at a time; those of different trees at once.
+//! tree are done in order, one at a time; those of different trees at once. Workers take the batches of all trees in the order in which
+//! they were submitted: one that went on with its tree would wait for steps of the future while batches of other trees,
+//! which the device is waiting for, had nobody.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -11,13 +13,14 @@ use std::time::Instant;
 
 use floe_cuda::device::{Event, PinnedBuffer};
 use floe_cuda::ops::DeviceElem;
-use floe_cuda::ops::cache::{CHUNK_ROWS, TreePage};
+use floe_cuda::ops::cache::CHUNK_ROWS;
 use floe_index::{Batch, Dci, Found, KeyIndex, Query, Scratch, SearchParams, Tail, Unit};
 use parking_lot::{Condvar, Mutex};
 use rayon::ThreadPool;
 
-use super::mirror::Mirror;
+use super::mirror::{Mirror, Told};
 use super::nodes::{NodeMirror, NodeUpdate};
+use super::turns::Turns;
 use crate::error::{Error, Result};
 
 /// A chunk: its block and where it begins.
@@ -65,7 +68,7 @@ pub(super) struct Outcome {
     /// Super-nodes that changed.
     pub(super) nodes: Vec<NodeUpdate>,
     /// Pages that changed.
-    pub(super) pages: Vec<TreePage>,
+    pub(super) told: Told,
     /// Pages that a step has to look at.
     pub(super) used: u32,
     /// Microseconds of the worker, waiting for the device aside.
@@ -118,14 +121,11 @@ impl Lists {
     }
 }
 
-/// What the device has to be told of a tree.
-type TreeChanges = (Vec<TreePage>, Vec<NodeUpdate>);
-
 impl Tree {
     /// What the device has to be told; `None`: its pages do not suffice.
-    fn changes(&mut self) -> Option<TreeChanges> {
-        let (mut pages, mut nodes) = (Vec::new(), Vec::new());
-        let Some(view) = self.index.pages() else { return Some((pages, nodes)) };
+    fn changes(&mut self) -> Option<(Told, Vec<NodeUpdate>)> {
+        let mut nodes = Vec::new();
+        let Some(view) = self.index.pages() else { return Some((Told::default(), nodes)) };
         let opened = match &mut self.lists {
             Some(lists) => {
                 if lists.opened.is_empty() {
@@ -138,8 +138,8 @@ impl Tree {
             }
             None => None,
         };
-        self.mirror.follow(view, opened, &mut pages).ok()?;
-        Some((pages, nodes))
+        let told = self.mirror.follow(view, opened).ok()?;
+        Some((told, nodes))
     }
 
     /// Another tree in its place.
@@ -156,8 +156,7 @@ impl Tree {
 
 #[derive(Debug, Default)]
 struct Mail {
-    jobs: VecDeque<Job>,
-    running: bool,
+    jobs: Turns<Job>,
     done: VecDeque<Outcome>,
     failed: Option<Error>,
 }
@@ -219,33 +218,20 @@ impl TreeShard {
 
     /// Whether nothing is to be done.
     pub(super) fn is_idle(&self) -> bool {
-        !self.mail.lock().running
+        self.mail.lock().jobs.is_idle()
     }
 
     fn post<E: DeviceElem>(self: &Arc<Self>, job: Job, pool: &ThreadPool) {
-        let mut mail = self.mail.lock();
-        mail.jobs.push_back(job);
-        if !mail.running {
-            mail.running = true;
-            let shard = self.clone();
-            pool.spawn(move || shard.work::<E>());
-        }
+        self.mail.lock().jobs.put(job);
+        let shard = self.clone();
+        // Tasks from outside of the pool are begun in order.
+        pool.spawn(move || shard.work::<E>());
     }
 
-    /// Does what is in the mail.
+    /// Does the jobs whose turn has come.
     fn work<E: DeviceElem>(&self) {
-        loop {
-            let job = {
-                let mut mail = self.mail.lock();
-                match mail.jobs.pop_front() {
-                    Some(job) => job,
-                    None => {
-                        mail.running = false;
-                        self.changed.notify_all();
-                        return;
-                    }
-                }
-            };
+        let mut next = self.mail.lock().jobs.begin();
+        while let Some(job) = next {
             let done = match &job {
                 Job::Add(rows) => self.add::<E>(rows),
                 Job::Search(asked) => self.search::<E>(asked),
@@ -258,6 +244,7 @@ impl TreeShard {
                     mail.failed = Some(error);
                 }
             }
+            next = mail.jobs.next();
             self.changed.notify_all();
         }
     }
@@ -275,7 +262,7 @@ impl TreeShard {
             if let Some(last) = mail.done.iter().rposition(|outcome| outcome.end <= end).filter(|_| there) {
                 return Ok((mail.done.drain(..=last).collect(), waited));
             }
-            if !mail.running || !must {
+            if mail.jobs.is_idle() || !must {
                 return Ok((Vec::new(), waited));
             }
             waited = true;
@@ -283,10 +270,17 @@ impl TreeShard {
         }
     }
 
+    /// Pages of the first outcome not yet taken, if that has the tokens `..end` in the tree and can be built beside steps.
+    pub(super) fn ready(&self, end: usize) -> Option<usize> {
+        let mail = self.mail.lock();
+        let first = mail.done.front().filter(|outcome| outcome.end == end && outcome.told.beside)?;
+        Some(first.told.pages.len())
+    }
+
     /// Waits until nothing is in the mail.
     pub(super) fn rest(&self) {
         let mut mail = self.mail.lock();
-        while mail.running {
+        while !mail.jobs.is_idle() {
             self.changed.wait(&mut mail);
         }
     }
@@ -309,8 +303,8 @@ impl TreeShard {
             if tree.index.is_empty() {
                 tree.restart(self.shape.dim)?;
             }
-            let (pages, nodes) = tree.changes().ok_or_else(|| self.no_room())?;
-            outcomes.push(Outcome { end, pages, nodes, used: tree.mirror.used(), ..Outcome::default() });
+            let (told, nodes) = tree.changes().ok_or_else(|| self.no_room())?;
+            outcomes.push(Outcome { end, told, nodes, used: tree.mirror.used(), ..Outcome::default() });
         }
         Ok(outcomes)
     }
@@ -321,7 +315,7 @@ impl TreeShard {
         let mut tree = self.tree.lock();
         let tree = &mut *tree;
         self.insert::<E>(&mut tree.index, rows, rows.first)?;
-        let (pages, nodes) = match tree.changes() {
+        let (told, nodes) = match tree.changes() {
             Some(changes) => changes,
             None => {
                 // Truncations left too many pages of few tokens: a new tree has full ones.
@@ -333,7 +327,7 @@ impl TreeShard {
         tree.end = rows.end;
         let micros = start.elapsed().as_secs_f64() * 1e6;
         let tokens = rows.end - rows.first;
-        Ok(Outcome { end: rows.end, tokens, searched: false, nodes, pages, used: tree.mirror.used(), micros })
+        Ok(Outcome { end: rows.end, tokens, searched: false, nodes, told, used: tree.mirror.used(), micros })
     }
 
     fn search<E: DeviceElem>(&self, asked: &Asked) -> Result<Outcome> {
@@ -352,14 +346,14 @@ impl TreeShard {
         if let Some(lists) = &mut tree.lists {
             lists.search(&tree.index, &query)?;
         }
-        let (pages, nodes) = tree.changes().ok_or_else(|| self.no_room())?;
+        let (told, nodes) = tree.changes().ok_or_else(|| self.no_room())?;
         let micros = start.elapsed().as_secs_f64() * 1e6;
         Ok(Outcome {
             end: tree.end,
             tokens: 0,
             searched: true,
             nodes,
-            pages,
+            told,
             used: tree.mirror.used(),
             micros,
         })

@@ -4,22 +4,24 @@
 //! tokens   ... in trees on the device | submitted: workers insert them | newest 16 or fewer
 //!                                     |<------------- window to window + 15, attended exactly ------------->|
 //! ```
-//! Sixteen tokens are submitted as soon as their rows are queued, and the device hears of them in the step in which they leave the
-//! window, whatever the workers did in between: results do not depend on timing. Should the workers not be done by then, the step
+//! Sixteen tokens are submitted once their rows are queued, and the device hears of them in the step in which they leave the window,
+//! whatever the workers did in between: results do not depend on timing. Should the workers not be done by then, the step
 //! waits, and [`TreeReport::waits`] counts it.
+//!
+//! All layers of a model come to that step in the same token. So that it does not pay for all of their work, each layer submits its
+//! tokens, and has the device build the pages, a few tokens earlier or later than the others, all of them before that step.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use floe_cuda::device::{Device, DeviceBuffer, DeviceError, Event, PinnedBuffer, Stream};
+use floe_cuda::device::{Device, DeviceError, Event, PinnedBuffer, Stream};
 use floe_cuda::ops::DeviceElem;
-use floe_cuda::ops::cache::{BatchEntry, CacheShape, Tables, TreePage, TreePages, build_tree_pages};
+use floe_cuda::ops::cache::{BatchEntry, CacheShape};
 use rayon::ThreadPool;
 
+use super::announce::{Beside, Staging};
 use super::chain::ChainShape;
-use super::classes::POLICY;
 use super::engine::{GpuEngine, published};
-use super::nodes::NodeUpdate;
 use super::options::{GpuOptions, Plan};
 use super::report::TreeReport;
 use super::tree::{Asked, ListShape, Outcome, Place, Rows, TreeShape, TreeShard};
@@ -29,23 +31,23 @@ use crate::shape::PAGE_TOKENS;
 
 /// Steps before the one that needs them in which tokens join a tree that is searched.
 const LEAD: usize = 2;
-/// Pages that one kernel builds at most.
-const LISTED: usize = 16_384;
 
 /// Trees of a layer of a sequence.
 #[derive(Debug)]
-struct LayerTrees {
+pub(super) struct LayerTrees {
     shards: Vec<Arc<TreeShard>>,
     /// Host chunks of the rows, as far as they were needed.
     chunks: Arc<Vec<Place>>,
     /// Tokens `..submitted` are in the trees or on their way.
     submitted: usize,
     /// Tokens `..applied` are in the trees that the device knows.
-    applied: usize,
+    pub(super) applied: usize,
     /// Pages of each kv head on the device; `None`: not told yet.
-    used: Option<Vec<u32>>,
+    pub(super) used: Option<Vec<u32>>,
     /// Where the host chooses: `log_count` of the super-nodes on the device, [heads, nodes each].
-    stands: Vec<f32>,
+    pub(super) stands: Vec<f32>,
+    /// What is built beside steps.
+    pub(super) beside: Beside,
     /// Where the step copies its queries to.
     queries: Option<Arc<PinnedBuffer<u8>>>,
 }
@@ -55,12 +57,14 @@ struct LayerTrees {
 pub(super) struct Trees {
     pool: ThreadPool,
     open: HashMap<SeqId, Vec<Option<LayerTrees>>>,
-    listed: DeviceBuffer<TreePage>,
+    staging: Staging,
+    /// Where pages are built beside steps.
+    beside: Stream,
     pub(super) report: TreeReport,
 }
 
 impl Trees {
-    pub(super) fn new(device: &Device, options: &GpuOptions) -> Result<Self> {
+    pub(super) fn new(device: &Device, (plan, options): (&Plan, &GpuOptions), layers: usize) -> Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if options.tree_threads == 0 { cores.div_ceil(2) } else { options.tree_threads };
         let pool = rayon::ThreadPoolBuilder::new()
@@ -68,11 +72,11 @@ impl Trees {
             .thread_name(|i| format!("floe-tree-{i}"))
             .build()
             .map_err(|error| Error::config("tree_threads", threads, error.to_string()))?;
-        let listed = DeviceBuffer::zeros(device, LISTED)?;
         Ok(Self {
             pool,
             open: HashMap::new(),
-            listed,
+            staging: Staging::new(device, plan, options.max_sequences * layers)?,
+            beside: Stream::new(device)?,
             report: TreeReport { threads, ..TreeReport::default() },
         })
     }
@@ -83,10 +87,31 @@ impl Trees {
             layer.shards.iter().for_each(|shard| shard.rest());
         }
     }
+
+    /// `stream` goes on when nothing is being built beside it.
+    pub(super) fn settle(&self, stream: &Stream) -> Result<()> {
+        let mut layers = self.open.values().flatten().flatten();
+        layers.try_for_each(|layer| layer.beside.settle(stream))
+    }
+
+    /// Trees of a layer of a sequence, and what all share.
+    pub(super) fn of(&mut self, (seq, layer): (SeqId, usize)) -> Option<TreesOf<'_>> {
+        let of_layer = self.open.get_mut(&seq)?.get_mut(layer)?.as_mut()?;
+        let Self { staging, beside, report, .. } = self;
+        Some(TreesOf { of_layer, staging, beside, report })
+    }
+}
+
+/// Trees of a layer of a sequence, and what all share.
+pub(super) struct TreesOf<'a> {
+    pub(super) of_layer: &'a mut LayerTrees,
+    pub(super) staging: &'a mut Staging,
+    pub(super) beside: &'a Stream,
+    pub(super) report: &'a mut TreeReport,
 }
 
 impl LayerTrees {
-    fn new(plan: &Plan, (capacity, max_tokens): (usize, usize)) -> Result<Self> {
+    fn new(device: &Device, plan: &Plan, (capacity, max_tokens): (usize, usize)) -> Result<Self> {
         let shape = plan.shape;
         let nodes = plan.nodes_each(max_tokens);
         let lists = plan.listed.map(|_| ListShape { most: plan.listed_most(capacity), nodes });
@@ -104,8 +129,24 @@ impl LayerTrees {
             applied: 0,
             used: None,
             stands,
+            beside: Beside::new(device)?,
             queries: None,
         })
+    }
+
+    /// Whether each tree has done the next sixteen tokens, and the pages can be built beside steps.
+    fn next_is_ready(&self, room: usize) -> bool {
+        let next = self.applied + PAGE_TOKENS;
+        let pages = self.shards.iter().map(|shard| shard.ready(next)).sum::<Option<usize>>();
+        pages.is_some_and(|pages| pages <= room)
+    }
+
+    /// What happened up to the tokens `..end`, by kv head, and whether it was waited for.
+    fn take(&self, end: usize) -> Result<(Vec<Vec<Outcome>>, bool)> {
+        let taken = self.shards.iter().map(|shard| shard.take(end, self.applied < end));
+        let taken = taken.collect::<Result<Vec<_>>>()?;
+        let waited = taken.iter().any(|(_, waited)| *waited);
+        Ok((taken.into_iter().map(|(outcomes, _)| outcomes).collect(), waited))
     }
 }
 
@@ -139,7 +180,11 @@ impl<E: DeviceElem> GpuEngine<E> {
         layers.resize_with(self.config.num_layers, || None);
         let of_layer = match &mut layers[layer] {
             Some(of_layer) => of_layer,
-            none => none.insert(LayerTrees::new(&self.plan, (open.capacity, self.options.max_tokens))?),
+            none => none.insert(LayerTrees::new(
+                &self.device,
+                &self.plan,
+                (open.capacity, self.options.max_tokens),
+            )?),
         };
         if end <= of_layer.submitted {
             return Ok(());
@@ -149,7 +194,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             let fresh = open.chunks[layer][have..].iter().map(|&chunk| self.host.shared(chunk));
             Arc::make_mut(&mut of_layer.chunks).extend(fresh);
         }
-        let written = Arc::new(Event::new(&self.device)?);
+        let written = Arc::new(Event::for_sleepers(&self.device)?);
         written.record(stream)?;
         let chunks = of_layer.chunks.clone();
         let rows = Rows { first: of_layer.submitted, end, chunks, written };
@@ -171,12 +216,12 @@ impl<E: DeviceElem> GpuEngine<E> {
         let end = published(position + 1, window) * PAGE_TOKENS;
         self.submit_trees((seq, layer), end, stream)?;
         // Ahead of need, sixteen at a time: what is taken in a step must not depend on what came later.
-        let lead = match self.plan.listed {
-            None => end + window / PAGE_TOKENS * PAGE_TOKENS,
+        let (lead, late) = match self.plan.listed {
+            None => (end + window / PAGE_TOKENS * PAGE_TOKENS, layer % PAGE_TOKENS),
             // A search sees the tree as it is: tokens join it just before the step that needs them.
-            Some(_) => published(position + 1 + LEAD, window) * PAGE_TOKENS,
+            Some(_) => (published(position + 1 + LEAD, window) * PAGE_TOKENS, 0),
         };
-        let ahead = (position / PAGE_TOKENS * PAGE_TOKENS).min(lead);
+        let ahead = (position.saturating_sub(late) / PAGE_TOKENS * PAGE_TOKENS).min(lead);
         loop {
             let submitted = self.layer_trees((seq, layer)).map_or(ahead, |trees| trees.submitted);
             if submitted + PAGE_TOKENS > ahead {
@@ -184,103 +229,72 @@ impl<E: DeviceElem> GpuEngine<E> {
             }
             self.submit_trees((seq, layer), submitted + PAGE_TOKENS, stream)?;
         }
-        let listed = self.plan.listed.is_some();
-        let Some(trees) = self.layer_trees((seq, layer)) else { return Ok(0) };
-        if trees.applied < end || listed {
-            let (mut outcomes, mut waited) = (Vec::with_capacity(trees.shards.len()), false);
-            for shard in &trees.shards {
-                let (of_shard, wait) = shard.take(end, trees.applied < end)?;
-                waited |= wait;
-                outcomes.push(of_shard);
-            }
-            trees.applied = end;
-            let news = outcomes.iter().any(|of_shard| !of_shard.is_empty()) || trees.used.is_none();
-            let fresh = outcomes.iter().all(|of_shard| of_shard.iter().any(|outcome| outcome.searched));
-            if let Some(trees) = &mut self.trees {
-                trees.report.waits += u64::from(waited);
-                trees.report.stale_lists += u64::from(listed && !fresh);
-            }
-            if news {
-                self.apply((seq, layer), outcomes, stream)?;
-            }
-        } else if trees.used.is_none() {
-            self.apply((seq, layer), Vec::new(), stream)?;
+        match self.plan.listed {
+            None => self.follow_pages((seq, layer), (position, end), stream)?,
+            Some(_) => self.follow_lists((seq, layer), end, stream)?,
         }
         let used = self.layer_trees((seq, layer)).and_then(|trees| trees.used.as_ref());
         Ok(used.and_then(|used| used.iter().max()).map_or(0, |&pages| pages as usize))
     }
 
-    fn layer_trees(&mut self, (seq, layer): (SeqId, usize)) -> Option<&mut LayerTrees> {
-        self.trees.as_mut()?.open.get_mut(&seq)?.get_mut(layer)?.as_mut()
-    }
-
-    /// Tells the device what happened to the trees of a layer, by kv head.
-    fn apply(
+    /// Has pages built that a later step needs, and announces those that the step at `position` needs: all tokens `..end`.
+    fn follow_pages(
         &mut self,
-        (seq, layer): (SeqId, usize),
-        outcomes: Vec<Vec<Outcome>>,
+        of: (SeqId, usize),
+        (position, end): (usize, usize),
         stream: &Stream,
     ) -> Result<()> {
-        let heads = self.plan.shape.heads;
-        let index = self.places.get(seq)?.index;
-        let Some(trees) = &mut self.trees else { return Ok(()) };
-        let Some(Some(of_layer)) = trees.open.get_mut(&seq).and_then(|layers| layers.get_mut(layer)) else {
+        let (window, room) = (self.plan.shape.window, self.plan.built_beside());
+        let Some(trees) = self.layer_trees(of) else { return Ok(()) };
+        if trees.used.is_none() && trees.applied == end {
+            return self.apply(of, Vec::new(), stream);
+        }
+        // Tokens since the last sixteen left the window: layers take turns.
+        let turn = position.saturating_sub(window) % PAGE_TOKENS > of.1 % (PAGE_TOKENS - 1);
+        if trees.applied == end && turn {
+            trees.beside.may_begin(stream)?;
+            if !trees.beside.is_built() && trees.next_is_ready(room) {
+                let next = end + PAGE_TOKENS;
+                let (outcomes, _) = trees.take(next)?;
+                self.build_beside(of, (next, outcomes), stream)?;
+            }
             return Ok(());
-        };
-        let mut used = of_layer.used.clone().unwrap_or_else(|| vec![0; heads]);
-        // One page of a launch has one block: of several changes of a page the last one stands.
-        let mut pages: BTreeMap<(u32, u32), TreePage> = BTreeMap::new();
-        let mut nodes: Vec<((usize, u32), NodeUpdate)> = Vec::new();
-        for ((head, used), of_shard) in used.iter_mut().enumerate().zip(outcomes) {
-            for outcome in of_shard {
-                *used = outcome.used;
-                let report = &mut trees.report;
-                if outcome.searched {
-                    report.searches += 1;
-                    report.search_us += outcome.micros;
-                } else if outcome.tokens > PAGE_TOKENS {
-                    report.builds += 1;
-                    report.build_us += outcome.micros;
-                } else {
-                    report.batches += 1;
-                    report.batch_us += outcome.micros;
-                    report.batch_pages += outcome.pages.len() as u64;
-                }
-                nodes.extend(outcome.nodes.into_iter().map(|node| ((head, node.node), node)));
-                pages.extend(outcome.pages.iter().map(|page| ((page.head, page.page), *page)));
-            }
         }
-        let pages: Vec<TreePage> = pages.into_values().collect();
-        let memory = &mut self.layers[layer];
-        let tables = Tables {
-            shape: self.plan.shape,
-            batch: self.batch.view(),
-            sequences: self.sequences[POLICY].view(),
-            chunks: memory.chunks.view(),
-        };
-        for part in pages.chunks(LISTED) {
-            trees.listed.write_async(0, part, stream)?;
-            let listed = trees.listed.view().slice(0..part.len()).map_err(DeviceError::from)?;
-            let (to, tokens) = memory.pages.write_tree(self.shared.rotation());
-            let from = TreePages { sequence: index, listed, tokens };
-            build_tree_pages(stream, &tables, from, memory.kv.view(), to)?;
+        if trees.applied < end {
+            self.announce_built(of, stream)?;
         }
-        let each = self.plan.nodes_each(self.options.max_tokens);
-        if each > 0 && (!nodes.is_empty() || of_layer.used.is_none()) {
-            for ((head, node), update) in nodes {
-                let at = head * each + node as usize;
-                of_layer.stands[at] = update.log_count;
-                if let Some(summary) = update.summary {
-                    memory.nodes.write(index * heads * each + at, &summary, stream)?;
-                }
-            }
-            memory.nodes.log_count.write_async(index * heads * each, &of_layer.stands, stream)?;
+        let Some(trees) = self.layer_trees(of).filter(|trees| trees.applied < end) else { return Ok(()) };
+        let (outcomes, waited) = trees.take(end)?;
+        trees.applied = end;
+        let pages = outcomes.iter().flatten().map(|outcome| outcome.told.pages.len()).sum::<usize>();
+        let beside = outcomes.iter().all(|of_shard| of_shard.len() == 1 && of_shard[0].told.beside);
+        if let Some(trees) = &mut self.trees {
+            trees.report.waits += u64::from(waited);
         }
-        memory.pages.tree_pages.write_async(index * heads, &used, stream)?;
-        // More than there are: spreads are summed up anew.
-        memory.doubt.sums.write_async(index * heads, &vec![[u32::MAX, 0]; heads], stream)?;
-        of_layer.used = Some(used);
-        Ok(())
+        if !beside || pages > room {
+            return self.apply(of, outcomes, stream);
+        }
+        // The device is behind, else the workers had been done in time: it gets to the pages before it gets to this step.
+        self.build_beside(of, (end, outcomes), stream)?;
+        self.announce_built(of, stream)
+    }
+
+    /// Tells the device what the host lists for the step that needs all tokens `..end` in the trees.
+    fn follow_lists(&mut self, of: (SeqId, usize), end: usize, stream: &Stream) -> Result<()> {
+        let Some(trees) = self.layer_trees(of) else { return Ok(()) };
+        let (outcomes, waited) = trees.take(end)?;
+        trees.applied = end;
+        let news = outcomes.iter().any(|of_shard| !of_shard.is_empty()) || trees.used.is_none();
+        let fresh = outcomes.iter().all(|of_shard| of_shard.iter().any(|outcome| outcome.searched));
+        if let Some(trees) = &mut self.trees {
+            trees.report.waits += u64::from(waited);
+            trees.report.stale_lists += u64::from(!fresh);
+        }
+        if news { self.apply(of, outcomes, stream) } else { Ok(()) }
+    }
+
+    fn layer_trees(&mut self, of: (SeqId, usize)) -> Option<&mut LayerTrees> {
+        Some(self.trees.as_mut()?.of(of)?.of_layer)
     }
 
     /// Says whose super-nodes the step's entries have.
@@ -332,6 +346,8 @@ impl<E: DeviceElem> GpuEngine<E> {
     pub(super) fn truncate_trees(&mut self, seq: SeqId, num_tokens: usize, stream: &Stream) -> Result<()> {
         let end = published(num_tokens + 1, self.plan.shape.window) * PAGE_TOKENS;
         for layer in 0..self.config.num_layers {
+            // What was built holds the pages of what happened first.
+            self.announce_built((seq, layer), stream)?;
             let Some(trees) = self.layer_trees((seq, layer)) else { continue };
             let outcomes = trees.shards.iter().map(|shard| shard.truncate(end)).collect::<Result<_>>()?;
             trees.submitted = trees.submitted.min(end);

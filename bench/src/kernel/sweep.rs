@@ -70,7 +70,7 @@ const PARTS: [(&str, Part); 23] = [
 ];
 
 pub fn run(rig: &Rig, bounds: &Bounds, rows: &mut Vec<Row>) -> anyhow::Result<()> {
-    for context in [32_768, 131_072, 1 << 20] {
+    for context in [32_768, 131_072, 139_264, 1 << 20] {
         let case = format!("1 x {context}");
         let parts: Vec<_> = PARTS.into_iter().filter(|(name, _)| rig.wants(name, &case)).collect();
         if parts.is_empty() {

@@ -65,6 +65,10 @@ pub struct Args {
     /// Threads that build, extend and search trees; 0: half of the cores.
     #[arg(long, default_value_t = 0)]
     tree_threads: usize,
+    /// Wait for each token before the next is queued, as a host engine does that samples: times then have what the device waits for the
+    /// host.
+    #[arg(long)]
+    paced: bool,
     /// Tokens of a kv head that are brought in behind a step for the next one.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     prefetch: Vec<usize>,
@@ -173,6 +177,7 @@ fn measure(
         gap_us: 0.0,
         submit: args.submit,
         host_lists: args.host_lists,
+        paced: args.paced,
         tree_threads: args.tree_threads,
     };
     let torch = sdpa.iter().find(|s| s.batch == batch && s.context == context);

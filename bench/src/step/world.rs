@@ -18,6 +18,8 @@ const D: usize = 128;
 const PIECE: usize = 4096;
 /// Calls of a layer before the clock starts: recorded by the third, slots filled by the last.
 const WARM_CALLS: usize = 24;
+/// Queries in memory: where they do not suffice, earlier ones return, whose tokens are in their slots.
+const QUERY_BYTES: usize = 256 << 20;
 /// Elements between the starts of consecutive pieces in the pool of random numbers: every row of every piece is then another one.
 const SHIFT: usize = 40;
 
@@ -44,6 +46,8 @@ pub struct Case {
     pub gap_us: f64,
     pub submit: Submit,
     pub host_lists: bool,
+    /// Wait for each token before the next is queued.
+    pub paced: bool,
     /// 0: half of the cores.
     pub tree_threads: usize,
 }
@@ -256,7 +260,8 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
     }
     engine.wait_for_trees();
     let build_s = start.elapsed().as_secs_f64();
-    let mut inputs = Inputs::new(device, case, (calls).min(160))?;
+    let round_bytes = case.held * case.batch * HEADS * GROUP * D * 2;
+    let mut inputs = Inputs::new(device, case, calls.min((QUERY_BYTES / round_bytes).max(160)))?;
     let out = DeviceBuffer::<bf16>::zeros(device, case.batch * HEADS * GROUP * D)?;
     // SAFETY: the buffer holds the shape and lives until the case is done.
     let out_tensor = unsafe {
@@ -293,7 +298,7 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
     let got = out.read(&kv.stream)?;
     ensure!(got.iter().all(|x| x.is_finite()), "the output is not finite");
     engine.clear_counters(&kv.stream)?;
-    // Nothing waits until all tokens are queued: the device is never behind the host.
+    // Unless paced, nothing waits until all tokens are queued: the device never waits for the host's part of a call.
     let mut marks: Vec<Vec<(Event, Event, bool)>> = Vec::with_capacity(case.tokens);
     for _ in 0..case.tokens {
         let mut left = case.layers;
@@ -313,6 +318,9 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
             of_token.push((start, end, whole));
         }
         marks.push(of_token);
+        if case.paced {
+            kv.stream.synchronize()?;
+        }
     }
     kv.stream.synchronize()?;
     let mut token_ms = Vec::with_capacity(case.tokens);

@@ -114,6 +114,17 @@ impl Event {
         Ok(Self { device: device.clone(), raw })
     }
 
+    /// A mark for threads that may wait long: they sleep meanwhile, where [`Event::new`] has them look again and again.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn for_sleepers(device: &Device) -> Result<Self, DeviceError> {
+        device.bind()?;
+        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
+        let raw = result::event::create(flags).named("cuEventCreate")?;
+        Ok(Self { device: device.clone(), raw })
+    }
+
     /// Puts the mark behind what is queued.
     ///
     /// # Errors

@@ -1,7 +1,10 @@
 //! What trees ask of the kernels: pages whose tokens are listed, scores with spreads, whole pages under a budget of tokens.
 
 use floe_cuda::device::DeviceBuffer;
-use floe_cuda::ops::cache::{PageSource, Tables, TreePage, TreePages, build_pages, build_tree_pages};
+use floe_cuda::ops::cache::{
+    Counted, PageSource, Said, SequencePlace, Tables, TreePage, TreePages, announce_tree_pages, build_pages,
+    build_tree_pages,
+};
 use floe_cuda::ops::sweep::{Selection, Sweep, UnitsMut};
 use floe_cuda::ops::{DeviceElem, ScanShape, Spans, Summaries};
 use floe_cuda::twin::device as twin;
@@ -29,39 +32,89 @@ fn bits_of<E: DeviceElem>(buffers: &PageBuffers<E>, rig: &crate::rig::Rig) -> Ve
     ]
 }
 
+/// What the device knows of a sequence's trees beside their pages.
+struct Known {
+    tokens: DeviceBuffer<u32>,
+    /// Pages of each kv head, and the sums of their spreads.
+    tree_pages: DeviceBuffer<u32>,
+    sums: DeviceBuffer<[u32; 2]>,
+}
+
+fn tables<E: DeviceElem>(world: &World<E>) -> Tables<'_> {
+    Tables {
+        shape: world.twin.shape,
+        batch: world.batch.view(),
+        sequences: world.sequences.view(),
+        chunks: world.chunks.view(),
+    }
+}
+
+/// Builds listed pages of a sequence at `place`, which changes nothing that counts, and announces them.
+fn build_and_announce<E: DeviceElem>(
+    world: &World<E>,
+    (sequence, place): (usize, SequencePlace),
+    list: &[TreePage],
+    (pages, known): (&mut PageBuffers<E>, &mut Known),
+) {
+    let rig = world.rig;
+    let listed = rig.buffer(list);
+    let mut counts = rig.buffer(&vec![f32::NAN; list.len()]);
+    let mut masks = rig.buffer(&vec![7u16; list.len()]);
+    let mut spread = rig.buffer(&vec![f32::NAN; list.len()]);
+    let mut said = Said { log_count: counts.view_mut(), masks: masks.view_mut(), spread: spread.view_mut() };
+    let counted = |pages: &PageBuffers<E>| {
+        let (counts, masks) =
+            (pages.log_count.read(&rig.stream).unwrap(), pages.masks.read(&rig.stream).unwrap());
+        (counts, masks, pages.spread.read(&rig.stream).unwrap())
+    };
+    let before = counted(pages);
+    let from = TreePages { sequence, place, listed: listed.view(), tokens: known.tokens.view_mut() };
+    build_tree_pages(&rig.stream, &tables(world), from, world.kv.view(), (pages.pages(), &mut said)).unwrap();
+    assert_eq!(counted(pages), before);
+    let to = Counted {
+        log_count: pages.log_count.view_mut(),
+        masks: pages.masks.view_mut(),
+        spread: pages.spread.view_mut(),
+        tree_pages: known.tree_pages.view_mut(),
+        sums: Some(known.sums.view_mut()),
+    };
+    announce_tree_pages(&rig.stream, (place, listed.view()), &said, to).unwrap();
+}
+
 fn check_built<E: DeviceElem>(sequence: usize, d: usize) {
     let name = format!("{} d {d} sequence {sequence}", E::NAME);
     let mut world = World::<E>::new(shape(2, 2, d), 256);
     // Runs long enough that most of sequence 1 has left the ring.
     world.prefill(sequence, 0, 700, None);
-    let (rig, twin_shape) = (world.rig, world.twin.shape);
+    let rig = world.rig;
     let num_pages = world.twin.row_of_token.len() / 16;
     let place = world.twin.places[sequence];
     let first = |head: usize| place.pages as usize + head * place.pages_each as usize;
     let mut of_runs = PageBuffers::<E>::new(rig, num_pages, d, [2, 1]);
     let mut of_lists = PageBuffers::<E>::new(rig, num_pages, d, [2, 1]);
-    let mut tokens = rig.buffer(&vec![7u32; num_pages * 16]);
-    let tables = Tables {
-        shape: twin_shape,
-        batch: world.batch.view(),
-        sequences: world.sequences.view(),
-        chunks: world.chunks.view(),
+    let mut known = Known {
+        tokens: rig.buffer(&vec![7u32; num_pages * 16]),
+        tree_pages: rig.buffer(&[0u32; 2]),
+        sums: rig.buffer(&[[u32::MAX, 0]; 2]),
     };
     // The same pages, from lists: the same bits.
     let whole = |head: usize, page: usize| {
         let ids = std::array::from_fn(|i| (page * 16 + i) as u32);
-        TreePage { page: page as u32, head: head as u32, live: 0xffff, unused: 0, ids }
+        TreePage { page: page as u32, head: head as u32, live: 0xffff, used: 41, ids }
     };
     let all: Vec<TreePage> = (0..2).flat_map(|head| (1..40).map(move |page| whole(head, page))).collect();
-    let listed = rig.buffer(&all);
-    let from = TreePages { sequence, listed: listed.view(), tokens: tokens.view_mut() };
-    build_tree_pages(&rig.stream, &tables, from, world.kv.view(), of_lists.pages()).unwrap();
+    build_and_announce(&world, (sequence, place), &all, (&mut of_lists, &mut known));
+    // Host memory has the same rows.
+    let mut of_host = PageBuffers::<E>::new(rig, num_pages, d, [2, 1]);
+    let on_host = SequencePlace { slots: 0, ..place };
+    build_and_announce(&world, (sequence, on_host), &all, (&mut of_host, &mut known));
+    assert_eq!(bits_of(&of_host, rig), bits_of(&of_lists, rig), "{name}");
     if sequence == 0 {
         let source = PageSource::Rows { sequence, first: 1, num: 39 };
-        build_pages(&rig.stream, &tables, source, world.kv.view(), of_runs.pages()).unwrap();
+        build_pages(&rig.stream, &tables(&world), source, world.kv.view(), of_runs.pages()).unwrap();
         assert_eq!(bits_of(&of_runs, rig), bits_of(&of_lists, rig), "{name}");
     }
-    let said = tokens.read(&rig.stream).unwrap();
+    let said = known.tokens.read(&rig.stream).unwrap();
     for page in &all {
         let at = first(page.head as usize) + page.page as usize;
         for (i, id) in page.ids.iter().enumerate() {
@@ -76,23 +129,25 @@ fn check_built<E: DeviceElem>(sequence: usize, d: usize) {
             let live =
                 [1, 0xffff, 0, 0x8001][i % 4] | if i % 4 == 3 { random.bits() as u32 & 0xffff } else { 0 };
             let ids = std::array::from_fn(|_| (16 + random.bits() % 684) as u32);
-            TreePage { page: (i * 3 % 41) as u32, head: (i % 2) as u32, live, unused: 0, ids }
+            TreePage { page: (i * 3 % 41) as u32, head: (i % 2) as u32, live, used: 41, ids }
         })
         .collect();
-    let listed = rig.buffer(&some);
-    let mut spreads = rig.buffer(&vec![f32::NAN; num_pages]);
-    let from = TreePages { sequence, listed: listed.view(), tokens: tokens.view_mut() };
-    let mut to = of_lists.pages();
-    to.spread = Some(spreads.view_mut());
-    build_tree_pages(&rig.stream, &tables, from, world.kv.view(), to).unwrap();
+    build_and_announce(&world, (sequence, place), &some, (&mut of_lists, &mut known));
     let stream = &rig.stream;
     let (keys, counts, masks) = (
         of_lists.mean_keys.read(stream).unwrap(),
         of_lists.log_count.read(stream).unwrap(),
         of_lists.masks.read(stream).unwrap(),
     );
-    let (scales, spreads) = (of_lists.key_scales.read(stream).unwrap(), spreads.read(stream).unwrap());
-    let said = tokens.read(stream).unwrap();
+    let (scales, spreads) =
+        (of_lists.key_scales.read(stream).unwrap(), of_lists.spread.read(stream).unwrap());
+    let said = known.tokens.read(stream).unwrap();
+    assert_eq!(known.tree_pages.read(stream).unwrap(), [41; 2], "{name}");
+    for (head, [num, sum]) in known.sums.read(stream).unwrap().into_iter().enumerate() {
+        let want = spreads[first(head)..first(head) + 41].iter().map(|x| f64::from(*x)).sum::<f64>();
+        let sum = f64::from(f32::from_bits(sum));
+        assert!(num == 41 && (sum - want).abs() <= want * 1e-5, "{name}: sum {sum} of {num}, not {want}");
+    }
     for page in &some {
         let (head, at) = (page.head as usize, first(page.head as usize) + page.page as usize);
         let live: Vec<usize> = (0..16).filter(|i| page.live >> i & 1 == 1).collect();
@@ -104,6 +159,11 @@ fn check_built<E: DeviceElem>(sequence: usize, d: usize) {
             "{name}: {} is not {count}",
             counts[at]
         );
+        if live.is_empty() {
+            // What else it had nobody reads.
+            assert_eq!(spreads[at], 0.0, "{name}");
+            continue;
+        }
         for i in 0..16 {
             let want = if live.contains(&i) { first(head) as u32 * 16 + page.ids[i] } else { u32::MAX };
             assert_eq!(said[at * 16 + i], want, "{name}");

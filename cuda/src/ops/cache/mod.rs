@@ -29,7 +29,7 @@ pub use resolve::{
     resolve_ahead,
 };
 pub use tensor::{DeviceTensor, TensorType};
-pub use tree::{TreePage, TreePages, build_tree_pages};
+pub use tree::{Counted, Said, TreePage, TreePages, announce_tree_pages, build_tree_pages};
 
 use super::{check_head_dim, word};
 use crate::device::{DevRef, DeviceError};

@@ -29,11 +29,11 @@ struct PagesParams {
 pub(super) struct PageOutParams {
     mean_keys: u64,
     mean_values: u64,
-    log_count: u64,
+    pub(super) log_count: u64,
     codes: [u64; 4],
-    masks: u64,
+    pub(super) masks: u64,
     rotation: RotationParams,
-    spread: u64,
+    pub(super) spread: u64,
     key_bits: u32,
     value_bits: u32,
 }
