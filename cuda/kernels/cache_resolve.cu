@@ -212,7 +212,7 @@ __device__ __forceinline__ void resolve(const ResolveParams &p) {
         p.hand[e.sequence * c.heads + head] = hand + window < s.slots ? hand + window : hand + window - s.slots;
         if (p.ahead) atomicAdd(reinterpret_cast<unsigned long long *>(p.counters) + 2, uint64_t(given));
     }
-    let_next_start(); // attention, which before the tail has its places would take them, and wait
+    if (!p.from) let_next_start(); // attention, which before the tail has its places would take them, and wait
     __syncthreads(); // every row is known
     if (p.from) {
         for (uint32_t i = tid; i < given; i += RESOLVE_THREADS) {
@@ -247,11 +247,13 @@ struct FetchListedParams {
 extern "C" __global__ void __maxnreg__(floe::RESOLVE_REGISTERS)
     cache_resolve(const __grid_constant__ floe::ResolveParams p) {
     const floe::Timeline timeline(floe::Work::Resolve);
+    // The few blocks of `cache_fetch` take multiprocessors that are free.
+    if (p.from) floe::let_next_start();
     floe::wait_for_earlier();
     floe::resolve(p);
 }
 
-// Brings the listed rows.
+// Brings the listed rows. Attention does not start early: it would take places from the tail, which begins with this kernel.
 extern "C" __global__ void __launch_bounds__(floe::FETCH_WARPS * 32, 1) cache_fetch(const __grid_constant__ floe::FetchListedParams p) {
     using namespace floe;
     const Timeline timeline(Work::Fetch);
@@ -265,7 +267,6 @@ extern "C" __global__ void __launch_bounds__(floe::FETCH_WARPS * 32, 1) cache_fe
         copies.start(i, job, job < jobs ? p.from[copies.entry(job)] : 0);
     };
     for (uint32_t i = 0; i < FETCH_UNDER_WAY; i++) start_copy(i);
-    let_next_start();
     for (uint32_t i = 0; warp + i * warps < jobs; i++) {
         const uint32_t job = warp + i * warps;
         copies.store(i, job, static_cast<char *>(p.kv) + uint64_t(p.to[copies.entry(job)]) * p.row_bytes);

@@ -462,7 +462,10 @@ impl<E: DeviceElem> Chain<E> {
             TailArgs { units, lse, values, pages }
         };
         let beside = plan.tail && plan.tail_place == TailPlace::Beside;
-        if beside {
+        // Beside the tail, whose reads fill the device's memory, looking for the slots of 64 items took 40 us, four times as long as
+        // before it. A tail with value codes is long enough for that and for what is fetched.
+        let slots_first = sparse.fetch.is_some() && plan.bits[1] == 0;
+        if beside && !slots_first {
             shared.forks[1].record(stream)?;
         }
         let found = Resolve {
@@ -477,6 +480,9 @@ impl<E: DeviceElem> Chain<E> {
         let mut fetch = sparse.fetch.as_mut().map(FetchMemory::write);
         let work = || resolve(stream, tables, found, slots.write(), (kv.view_mut(), fetch.as_mut()));
         shared.clock.time(Stage::Resolve, stream, work)?;
+        if beside && slots_first {
+            shared.forks[1].record(stream)?;
+        }
         if let Some(fetch) = &fetch {
             let work = || fetch_listed(stream, plan.shape.head_dim, fetch, kv.view_mut());
             shared.clock.time(Stage::Fetch, stream, work)?;
