@@ -257,9 +257,9 @@ extern "C" __global__ void __maxnreg__(floe::RESOLVE_REGISTERS)
 extern "C" __global__ void __launch_bounds__(floe::FETCH_WARPS * 32, 1) cache_fetch(const __grid_constant__ floe::FetchListedParams p) {
     using namespace floe;
     const Timeline timeline(Work::Fetch);
-    extern __shared__ __align__(16) uint4 fetch_ring[]; // [FETCH_WARPS, FETCH_UNDER_WAY, COPY_BYTES / 16]
+    extern __shared__ __align__(16) uint4 fetch_ring[]; // [warps of the block, FETCH_UNDER_WAY, COPY_BYTES / 16]
     const Copies<FETCH_UNDER_WAY> copies(fetch_ring, p.row_bytes);
-    const uint32_t warp = blockIdx.x * FETCH_WARPS + threadIdx.x / 32, warps = gridDim.x * FETCH_WARPS;
+    const uint32_t of_block = blockDim.x / 32, warp = blockIdx.x * of_block + threadIdx.x / 32, warps = gridDim.x * of_block;
     wait_for_earlier();
     const uint32_t jobs = min(*p.num, p.limit) * copies.parts;
     auto start_copy = [&](uint32_t i) {

@@ -252,7 +252,7 @@ fn launch(stream: &Stream, items: usize, params: &ResolveParams) -> Result<(), D
 /// Blocks that bring listed rows. Each fills a multiprocessor by itself, and tails leave four free. They get nine tenths of what any
 /// number of blocks gets out of host memory (18 GB/s in rows of 512 bytes on an H100), and as much as those beside a tail (13).
 const FETCH_BLOCKS: u32 = 4;
-/// Warps of such a block, and bytes that each has under way, as in `cache_resolve.cu`.
+/// Warps of such a block at most, and bytes that each has under way, as in `cache_resolve.cu`.
 const FETCH_WARPS: u32 = 32;
 const FETCH_BYTES: u32 = 8 * 512;
 
@@ -279,9 +279,12 @@ pub fn fetch_listed<E: DeviceElem>(
         row_bytes: word("head_dim", 2 * head_dim * size_of::<E>())?,
         limit: word("list", list.from.len())?,
     };
-    let shared_bytes = FETCH_WARPS * FETCH_BYTES;
+    // Some devices have less shared memory than that.
+    let most = word("shared memory", stream.device().properties().shared_bytes_max)?;
+    let warps = (most / FETCH_BYTES).clamp(1, FETCH_WARPS);
+    let shared_bytes = warps * FETCH_BYTES;
     let kernel = stream.device().kernel("cache_resolve", "cache_fetch", shared_bytes)?;
-    let launch = Launch { blocks: (FETCH_BLOCKS, 1), threads: FETCH_WARPS * 32, shared_bytes };
+    let launch = Launch { blocks: (FETCH_BLOCKS, 1), threads: warps * 32, shared_bytes };
     // SAFETY: the layouts match; the list's entries are addresses of rows in mapped chunks and rows of kv; the kernel begins by
     // waiting for earlier ones.
     unsafe { kernel.launch_early(stream, launch, Together::ALONE, &params) }
