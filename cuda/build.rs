@@ -47,7 +47,8 @@ fn build() -> Result<(), String> {
     let sources = files("cu")?;
     let mut common = DefaultHasher::new();
     let targets = targets()?;
-    (&nvcc, &targets, FLAGS).hash(&mut common);
+    let timeline = env::var_os("CARGO_FEATURE_TIMELINE").is_some();
+    (&nvcc, &targets, FLAGS, timeline).hash(&mut common);
     for header in files("cuh")? {
         read(&header)?.hash(&mut common);
     }
@@ -56,7 +57,7 @@ fn build() -> Result<(), String> {
         .map(|source| {
             let (nvcc, source, out, hash) = (nvcc.clone(), source.clone(), out.clone(), common.clone());
             let targets = targets.clone();
-            thread::spawn(move || compile((&nvcc, &targets), &source, &out, hash))
+            thread::spawn(move || compile((&nvcc, &targets, timeline), &source, &out, hash))
         })
         .collect();
     let mut report = Report::new();
@@ -136,7 +137,7 @@ const FLAGS: [&str; 7] =
 /// Compiles one file, unless it was compiled from the same text before, and returns its kernels' resources. `hash` is that of
 /// everything but the file.
 fn compile(
-    (nvcc, targets): (&Path, &[&str]),
+    (nvcc, targets, timeline): (&Path, &[&str], bool),
     source: &Path,
     out: &Path,
     mut hash: DefaultHasher,
@@ -155,6 +156,9 @@ fn compile(
     command.args(FLAGS).arg("-o").arg(&image);
     for target in targets {
         command.args(["-gencode", target]);
+    }
+    if timeline {
+        command.arg("-DFLOE_TIMELINE");
     }
     let output = command.arg(source).output().map_err(|e| format!("{} does not run: {e}", nvcc.display()))?;
     let text = String::from_utf8_lossy(&output.stderr);

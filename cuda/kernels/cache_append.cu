@@ -21,8 +21,7 @@ struct AppendStepParams {
     uint32_t *page_first, *page_end, *row_first, *row_end; // [items]
     uint32_t *beyond_first, *beyond_end; // [items] tokens of an exact item that have no row on the device, or null = all have one
     const uint64_t **beyond_warm; // [items] becomes the item's chunks, or null for nobody's items
-    uint32_t *num_fetch;    // [1] becomes 0
-    uint32_t *num_ahead;    // [1] becomes 0, or null
+    uint32_t *num_fetch;    // [1] becomes 0, or null
     const uint32_t *tree_pages; // [sequences, heads] pages of each head's tree, or null: pages are runs of 16 tokens
     uint32_t *fault;        // becomes 1 when a sequence has no room for its token, which is not stored
     const float *spread;    // [pages] mean square of a page's key residuals, of 16 tokens in any case, or null = no item is in doubt
@@ -70,10 +69,7 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
     const uint32_t head = blockIdx.x, entry = blockIdx.y, item = entry * c.heads + head;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const BatchEntry e = c.batch[entry];
-    if (head == 0 && entry == 0 && threadIdx.x == 0) {
-        *p.num_fetch = 0;
-        if (p.num_ahead) *p.num_ahead = 0;
-    }
+    if (p.num_fetch && head == 0 && entry == 0 && threadIdx.x == 0) *p.num_fetch = 0;
     if (e.tokens == 0) {
         if (threadIdx.x == 0) {
             p.page_first[item] = p.page_end[item] = 0;
@@ -139,6 +135,7 @@ template <typename E, int D> __device__ __forceinline__ void append_step(const A
 #define CACHE_APPEND(TYPE, SUFFIX, D)                                                                                         \
     extern "C" __global__ void __launch_bounds__(128)                                                                         \
         cache_append_##SUFFIX##_d##D(const __grid_constant__ floe::AppendStepParams p) { \
+        const floe::Timeline timeline(floe::Work::Append);                                                                    \
         floe::let_next_start();                                                                                               \
         floe::wait_for_earlier();                                                                                             \
         floe::append_step<TYPE, D>(p);                                                                                        \

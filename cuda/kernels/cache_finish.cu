@@ -19,6 +19,7 @@ struct FinishParams {
 
 extern "C" __global__ void __launch_bounds__(128) cache_finish(const __grid_constant__ floe::FinishParams p) {
     using namespace floe;
+    const Timeline timeline(Work::Finish);
     let_next_start();
     wait_for_earlier();
     const Cache &c = p.cache;

@@ -48,7 +48,10 @@ template <typename E, int D> __device__ __forceinline__ void build_page(const Pa
 
 #define CACHE_PAGES(TYPE, SUFFIX, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(512)                                                                         \
-        cache_pages_##SUFFIX##_d##D(const __grid_constant__ floe::PagesParams p) { floe::build_page<TYPE, D>(p); }
+        cache_pages_##SUFFIX##_d##D(const __grid_constant__ floe::PagesParams p) {                                                     \
+        const floe::Timeline timeline(floe::Work::Pages);                                                                     \
+        floe::build_page<TYPE, D>(p);                                                                                         \
+    }
 #define CACHE_PAGES_ALL(D) CACHE_PAGES(__nv_bfloat16, bf16, D) CACHE_PAGES(__half, f16, D)
 
 CACHE_PAGES_ALL(64)

@@ -222,6 +222,14 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
         if (threadIdx.x == 0) *p.fault = 1;
         count = 0;
     }
+    if constexpr (S == Source::Whole) {
+        // The rule: nobody is in doubt. What waits for the places of these blocks should not wait for a join of nothing.
+        if (count == 0) {
+            if (split == 0)
+                for (int at = threadIdx.x; at < int(p.group) * D / 4; at += WARPS * 32) finish(item, at / (D / 4), at, float4{0, 0, 0, 0}, -INFINITY);
+            return;
+        }
+    }
     constexpr bool BY_ENTRY = S == Source::Pages || S == Source::Fetch;
     const uint32_t tiles = BY_ENTRY ? count : (count + TILE_ROWS - 1) / TILE_ROWS;
     const uint32_t share = (tiles + splits - 1) / splits;
@@ -475,6 +483,7 @@ template <typename E, int D, Source S> __device__ void Decode<E, D, S>::run() {
 #define FLOE_DECODE(NAME, TYPE, SUFFIX, D, SOURCE)                                                                            \
     extern "C" __global__ void __launch_bounds__(floe::warps_of<D>() * 32, 2)                                                 \
         NAME##_##SUFFIX##_d##D(const __grid_constant__ floe::DecodeParams p) {                                                \
+        const floe::Timeline timeline((SOURCE) == floe::Source::Whole ? floe::Work::Whole : floe::Work::Attend);               \
         if (!p.late) floe::wait_for_earlier();                                                                                \
         floe::let_next_start();                                                                                               \
         floe::Decode<TYPE, D, SOURCE> decode{p, 0, 0, int(threadIdx.x % 32)};                                                 \

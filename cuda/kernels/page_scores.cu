@@ -146,6 +146,7 @@ template <typename E, int D> __device__ __forceinline__ void page_scores(const P
 #define PAGE_SCORES(TYPE, SUFFIX, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(floe::SCORE_WARPS * 32)                                                      \
         page_scores_##SUFFIX##_d##D(const __grid_constant__ floe::PageParams p) {                                            \
+        const floe::Timeline timeline(floe::Work::Scan);                                                                      \
         floe::wait_for_earlier();                                                                                             \
         floe::let_next_start();                                                                                               \
         floe::page_scores<TYPE, D>(p);                                                                                        \

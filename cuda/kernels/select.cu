@@ -308,6 +308,7 @@ template <bool TOKENS, int GROUP> __device__ __forceinline__ void select(const S
 #define SELECT(NAME, TOKENS, GROUP)                                                                                           \
     extern "C" __global__ void __launch_bounds__(floe::SELECT_THREADS, 1)                                                      \
         select_##NAME##_g##GROUP(const __grid_constant__ floe::SelectParams p) {                                              \
+        const floe::Timeline timeline(floe::Work::Select);                                                                    \
         floe::select<TOKENS, GROUP>(p);                                                                                       \
     }
 

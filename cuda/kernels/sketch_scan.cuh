@@ -330,6 +330,7 @@ template <typename E, int D, int BITS, int HEADS> __device__ void SketchScan<E, 
 #define SKETCH_SCAN(TYPE, SUFFIX, D, BITS, HEADS)                                                                             \
     extern "C" __global__ void __launch_bounds__(floe::SCAN_WARPS * 32, (D) == 256 || (HEADS) == 2 ? 1 : 2)                             \
         sketch_scan_k##BITS##_##SUFFIX##_d##D##_h##HEADS(const __grid_constant__ floe::SketchParams p) {                      \
+        const floe::Timeline timeline(floe::Work::Scan);                                                                      \
         floe::wait_for_earlier();                                                                                             \
         floe::let_next_start();                                                                                               \
         const int lane = threadIdx.x % 32;                                                                                    \

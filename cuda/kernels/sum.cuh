@@ -33,6 +33,8 @@ template <uint32_t THREADS> __device__ __forceinline__ uint32_t exclusive_sum(ui
 }
 
 // Sum over the warp, for everyone.
+__device__ __forceinline__ uint32_t warp_count(uint32_t x) { return __reduce_add_sync(~0u, x); }
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);

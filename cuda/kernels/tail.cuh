@@ -429,6 +429,7 @@ template <typename E, int D, Unit U, int HEADS> __device__ void Tail<E, D, U, HE
 #define TAIL(TYPE, SUFFIX, D, UNIT, NAME, HEADS)                                                                              \
     extern "C" __global__ void __maxnreg__(floe::tail_registers(D, floe::Unit::UNIT, HEADS))                                     \
         tail_##NAME##_##SUFFIX##_d##D##_h##HEADS(const __grid_constant__ floe::TailParams p) {                                \
+        const floe::Timeline timeline(floe::Work::Tail);                                                                      \
         extern __shared__ uint4 shared[];                                                                                     \
         const int lane = threadIdx.x % 32;                                                                                    \
         const uint32_t head0 = blockIdx.z * 8;                                                                                \

@@ -8,6 +8,8 @@
 #include <cuda_fp16.h>
 #include <cstdint>
 
+#include "timeline.cuh"
+
 namespace floe {
 
 constexpr int TILE_ROWS = 16;
@@ -96,6 +98,7 @@ __device__ __forceinline__ void wait_for_earlier() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+    timeline_ready();
 }
 
 // Lets the next kernel start: its blocks take their places and wait.

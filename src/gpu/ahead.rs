@@ -1,18 +1,15 @@
 //! Prefetch: behind a step the next best units beyond those that it retrieved are brought into slots, for the layer's next step.
 //!
 //! ```text
-//! stream   step of layer 0 ─> step of layer 1 ─> ...                      ─> step of layer 0
-//! lists        └> select ─> resolve ─┐  (scores of the step, other ones for the next layer)  │
-//! rows                               └> fetch ──────────────────────────────────────────────┘
+//! stream   step of layer 0 ─> step of layer 1 ─> ...                            ─> step of layer 0
+//! ahead        └> select ─> resolve  (scores of the step, other ones for the next layer) ──┘
 //! ```
 //! A step leaves its scores, without what it selected, in one of two sets of buffers by the layer's parity; the layer after the
 //! next waits until they were read. A layer's next step waits for its rows, so that a slot is never attended before it is filled, and
 //! what is hot never changes a result.
 
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
-use floe_cuda::ops::cache::{
-    Ahead, BatchEntry, FetchList, FetchPace, FoundUnit, SequencePlace, Tables, fetch_listed, resolve_ahead,
-};
+use floe_cuda::ops::cache::{Ahead, BatchEntry, FoundUnit, SequencePlace, Tables, resolve_ahead};
 use floe_cuda::ops::{DeviceElem, Spans};
 
 use super::chain::ChainShape;
@@ -23,19 +20,18 @@ use super::layer::LayerMemory;
 use super::options::Plan;
 use crate::error::Error;
 
-/// Streams of all layers.
+/// The stream of all layers.
 #[derive(Debug)]
-pub(super) struct AheadStreams {
-    lists: Stream,
-    rows: Stream,
+pub(super) struct AheadStream {
+    stream: Stream,
     /// The scores of layers of this parity, and the step's tables, have been read.
     pub(super) read: [Event; 2],
 }
 
-impl AheadStreams {
+impl AheadStream {
     pub(super) fn new(device: &Device) -> Result<Self, DeviceError> {
-        let (lists, rows) = (Stream::new(device)?, Stream::new(device)?);
-        Ok(Self { lists, rows, read: [Event::new(device)?, Event::new(device)?] })
+        let read = [Event::new(device)?, Event::new(device)?];
+        Ok(Self { stream: Stream::new(device)?, read })
     }
 
     /// `stream` goes on when no list is being made.
@@ -47,13 +43,10 @@ impl AheadStreams {
 /// What is on its way for one layer.
 #[derive(Debug)]
 pub(super) struct AheadMemory {
-    from: DeviceBuffer<u64>,
-    to: DeviceBuffer<u32>,
-    /// Zero at the start of a step.
-    pub(super) num: DeviceBuffer<u32>,
-    /// The step is done; its rows are listed; they are there.
+    /// Rows of the units, where they got one.
+    rows: DeviceBuffer<u32>,
+    /// The step is done; what was wanted behind it is there.
     ready: Event,
-    listed: Event,
     pub(super) done: Event,
 }
 
@@ -61,11 +54,8 @@ impl AheadMemory {
     /// For steps of at most `items` items.
     pub(super) fn new(device: &Device, plan: &Plan, items: usize) -> Result<Self, DeviceError> {
         Ok(Self {
-            from: DeviceBuffer::zeros(device, items * plan.prefetch)?,
-            to: DeviceBuffer::zeros(device, items * plan.prefetch)?,
-            num: DeviceBuffer::zeros(device, 1)?,
+            rows: DeviceBuffer::zeros(device, items * plan.prefetch)?,
             ready: Event::new(device)?,
-            listed: Event::new(device)?,
             done: Event::new(device)?,
         })
     }
@@ -99,14 +89,14 @@ pub(super) struct Followed<'a> {
     pub(super) parity: usize,
 }
 
-impl AheadStreams {
-    /// The stream on which the next units of a step are listed, which goes on behind what is queued on `stream`.
+impl AheadStream {
+    /// The stream on which the next units of a step are listed and brought, which goes on behind what is queued on `stream`.
     pub(super) fn follow<E>(&self, stream: &Stream, layer: &LayerMemory<E>) -> Result<&Stream, DeviceError> {
         if let Some(memory) = &layer.ahead {
             memory.ready.record(stream)?;
-            self.lists.wait(&memory.ready)?;
+            self.stream.wait(&memory.ready)?;
         }
-        Ok(&self.lists)
+        Ok(&self.stream)
     }
 
     /// Brings in what `units` lists, for a layer's next step.
@@ -124,22 +114,12 @@ impl AheadStreams {
             found: units.list.view(),
             unit: if plan.by_token() { FoundUnit::Tokens } else { FoundUnit::Pages },
             most: plan.prefetch,
+            rows: memory.rows.view_mut().slice(0..tables.items() * plan.prefetch)?,
         };
-        let rows = tables.items() * plan.prefetch;
-        let mut fetch = FetchList {
-            from: memory.from.view_mut().slice(0..rows)?,
-            to: memory.to.view_mut().slice(0..rows)?,
-            num: memory.num.view_mut(),
-        };
-        let work = || resolve_ahead::<E>(&self.lists, &tables, ahead, slots.write(), &mut fetch);
-        clock.time(Stage::Ahead, &self.lists, work)?;
-        memory.listed.record(&self.lists)?;
-        self.read[parity].record(&self.lists)?;
-        self.rows.wait(&memory.listed)?;
-        let work =
-            || fetch_listed(&self.rows, plan.shape.head_dim, (&fetch, FetchPace::Beside), kv.view_mut());
-        clock.time(Stage::Prefetch, &self.rows, work)?;
-        memory.done.record(&self.rows)
+        let work = || resolve_ahead(&self.stream, &tables, ahead, slots.write(), kv.view_mut());
+        clock.time(Stage::Ahead, &self.stream, work)?;
+        self.read[parity].record(&self.stream)?;
+        memory.done.record(&self.stream)
     }
 }
 

@@ -1,11 +1,11 @@
 //! The kernels of one layer's step, in order, and the memory that they hand to one another.
 //!
 //! ```text
-//! stream  append ─> page_scores or token_scores ─> select ─┬> resolve ─> fetch ─> attend ─┬> finish
-//! sides     │                                              └> tail ───────────────────────┤
-//!           └> build_pages ─> attend all tokens of heads in doubt ────────────────────────┘
+//! stream  append ─> page_scores or token_scores ─> select ─┬> resolve (─> fetch) ─> attend ─┬> finish
+//! sides     │                                              └> tail ─────────────────────────┤
+//!           └> build_pages ─> attend all tokens of heads in doubt ──────────────────────────┘
 //! ```
-//! or, with [`TailPlace::Joined`], `... fetch ─> tail ─> attend, which joins the tail's state ─> finish`. Kernels of the main stream start
+//! or, with [`TailPlace::Joined`], `... resolve ─> tail ─> attend, which joins the tail's state ─> finish`. Kernels of the main stream start
 //! while their predecessor ends, so none of them may depend on two streams but the last.
 //!
 //! A chain is made for a number of entries and a length class (powers of two) and can be recorded in a graph: lengths, places and
@@ -14,8 +14,8 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DevRef, Device, DeviceBuffer, DeviceError, Event, Stream};
 use floe_cuda::ops::cache::{
-    AppendStep, DeviceTensor, DoubtCheck, FINISH_PARTS_MAX, FetchList, FetchPace, FinishStart, FoundUnit,
-    PageSource, Ranges, Resolve, Tables, append_step, build_pages, fetch_listed, finish, resolve,
+    AppendStep, DeviceTensor, DoubtCheck, FINISH_PARTS_MAX, FinishStart, FoundUnit, PageSource, Ranges,
+    Resolve, Tables, append_step, build_pages, fetch_listed, finish, resolve,
 };
 use floe_cuda::ops::sweep::{
     Beside, KeyCodes, PageKeys, Rotation, Selection, Sweep, TailArgs, TailUnits, TokenScores, TokenScoresMut,
@@ -29,6 +29,7 @@ use half::f16;
 
 use super::ahead::AheadList;
 use super::clock::{Clock, Stage};
+use super::fetch::FetchMemory;
 use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
 use super::options::{GpuOptions, Plan, TailPlace};
 use super::standing::{NodeMemory, Standing};
@@ -157,7 +158,6 @@ pub(super) struct Chain<E> {
     exact: Option<(DecodePlan, State)>,
     beyond: Option<Beyond>,
     sparse: Option<Sparse>,
-    num_fetch: DeviceBuffer<u32>,
 }
 
 #[derive(Debug)]
@@ -171,8 +171,8 @@ struct Sparse {
     list_first: DeviceBuffer<u32>,
     list_end: DeviceBuffer<u32>,
     list: DeviceBuffer<u32>,
-    from: DeviceBuffer<u64>,
-    to: DeviceBuffer<u32>,
+    /// Where a kernel of its own brings rows.
+    fetch: Option<FetchMemory>,
     chosen: State,
     tail: State,
     whole: Option<Whole>,
@@ -218,8 +218,7 @@ impl Sparse {
             list_first: DeviceBuffer::from_slice(device, &firsts(list_each))?,
             list_end: DeviceBuffer::zeros(device, items)?,
             list: DeviceBuffer::zeros(device, items * list_each)?,
-            from: DeviceBuffer::zeros(device, items * plan.retrieved)?,
-            to: DeviceBuffer::zeros(device, items * plan.retrieved)?,
+            fetch: FetchMemory::new(device, items, plan.retrieved)?,
             chosen: State::new(device, items * cache.group, cache.head_dim)?,
             tail: State::new(device, items * cache.group, cache.head_dim)?,
             whole: plan
@@ -278,7 +277,6 @@ impl<E: DeviceElem> Chain<E> {
             exact: shape.exact.then(exact).transpose()?,
             beyond: (shape.beyond > 0).then(beyond).transpose()?,
             sparse: (!shape.exact).then(sparse).transpose()?,
-            num_fetch: DeviceBuffer::zeros(device, 1)?,
             shape,
         })
     }
@@ -295,12 +293,15 @@ impl<E: DeviceElem> Chain<E> {
         layer: &mut LayerMemory<E>,
         io: &StepIo,
     ) -> Result<(), DeviceError> {
-        let LayerMemory { kv, chunks, pages, slots, doubt, ahead, nodes } = layer;
+        let LayerMemory { kv, chunks, pages, slots, doubt, nodes, .. } = layer;
         let batch = tables.0.slice(0..self.shape.entries)?;
         let tables = &Tables { shape: plan.shape, batch, sequences: tables.1, chunks: chunks.view() };
         let scale = f32::from_bits(io.scale);
         let [page_first, page_end, row_first, row_end] = &mut self.ranges;
-        let whole = self.sparse.as_mut().and_then(|sparse| sparse.whole.as_mut());
+        let (whole, fetch) = match &mut self.sparse {
+            Some(sparse) => (sparse.whole.as_mut(), sparse.fetch.as_mut()),
+            None => (None, None),
+        };
         let doubt = whole.zip(plan.doubt_factor(scale)).map(|(whole, factor)| {
             let DoubtMemory { sums, doubted, noticed, .. } = doubt;
             DoubtCheck {
@@ -325,8 +326,7 @@ impl<E: DeviceElem> Chain<E> {
                 row_end: row_end.view_mut(),
             },
             beyond: self.beyond.as_mut().map(Beyond::write),
-            num_fetch: self.num_fetch.view_mut(),
-            num_ahead: ahead.as_mut().map(|ahead| ahead.num.view_mut()),
+            num_fetch: fetch.map(|fetch| fetch.num.view_mut()),
             tree_pages: plan.tree.then(|| pages.tree_pages.view()),
             doubt,
         };
@@ -462,13 +462,11 @@ impl<E: DeviceElem> Chain<E> {
             TailArgs { units, lse, values, pages }
         };
         let beside = plan.tail && plan.tail_place == TailPlace::Beside;
-        if beside {
+        // Beside the tail, whose reads fill the device's memory, looking for the slots of 64 items took 40 us, four times as long as
+        // before it. A tail with value codes is long enough for that and for what is fetched.
+        let slots_first = sparse.fetch.is_some() && plan.bits[1] == 0;
+        if beside && !slots_first {
             shared.forks[1].record(stream)?;
-            shared.sides[1].wait(&shared.forks[1])?;
-            let side = &shared.sides[1];
-            let work = || sparse.sweep.tail(side, &tail, sparse.tail.write());
-            shared.clock.time(Stage::Tail, side, work)?;
-            shared.joins[1].record(&shared.sides[1])?;
         }
         let found = Resolve {
             whole: whole_rows,
@@ -479,15 +477,23 @@ impl<E: DeviceElem> Chain<E> {
             list: sparse.list.view_mut(),
             list_end: sparse.list_end.view_mut(),
         };
-        let mut fetch = FetchList {
-            from: sparse.from.view_mut(),
-            to: sparse.to.view_mut(),
-            num: self.num_fetch.view_mut(),
-        };
-        let work = || resolve::<E>(stream, tables, found, slots.write(), &mut fetch);
+        let mut fetch = sparse.fetch.as_mut().map(FetchMemory::write);
+        let work = || resolve(stream, tables, found, slots.write(), (kv.view_mut(), fetch.as_mut()));
         shared.clock.time(Stage::Resolve, stream, work)?;
-        let work = || fetch_listed(stream, plan.shape.head_dim, (&fetch, FetchPace::Full), kv.view_mut());
-        shared.clock.time(Stage::Fetch, stream, work)?;
+        if beside && slots_first {
+            shared.forks[1].record(stream)?;
+        }
+        if let Some(fetch) = &fetch {
+            let work = || fetch_listed(stream, plan.shape.head_dim, fetch, kv.view_mut());
+            shared.clock.time(Stage::Fetch, stream, work)?;
+        }
+        if beside {
+            shared.sides[1].wait(&shared.forks[1])?;
+            let side = &shared.sides[1];
+            let work = || sparse.sweep.tail(side, &tail, sparse.tail.write());
+            shared.clock.time(Stage::Tail, side, work)?;
+            shared.joins[1].record(&shared.sides[1])?;
+        }
         let args = DecodeArgs { q: self.q.view(), kv: kv.view(), params, skip_below: None };
         let lists = Lists::Rows {
             spans: Spans { first: sparse.list_first.view(), end: sparse.list_end.view() },

@@ -12,9 +12,9 @@ pub enum Stage {
     Scan,
     /// The best of them.
     Select,
-    /// Slots.
+    /// Slots, and missing rows from host memory.
     Resolve,
-    /// Missing rows from host memory.
+    /// These rows, where there are many items.
     Fetch,
     /// Exact attention; with [`super::TailPlace::Joined`] the tail too.
     Attend,
@@ -26,15 +26,13 @@ pub enum Stage {
     Whole,
     /// The state of what was not selected.
     Tail,
-    /// Units for the layer's next step, and their slots.
+    /// Units for the layer's next step, their slots and rows.
     Ahead,
-    /// Their rows.
-    Prefetch,
 }
 
 impl Stage {
     /// Every stage, in the order of the above.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 11] = [
         Self::Append,
         Self::Scan,
         Self::Select,
@@ -46,7 +44,6 @@ impl Stage {
         Self::Whole,
         Self::Tail,
         Self::Ahead,
-        Self::Prefetch,
     ];
 
     /// Its name in reports.
@@ -63,8 +60,7 @@ impl Stage {
             Self::Pages => "pages",
             Self::Whole => "in doubt",
             Self::Tail => "tail",
-            Self::Ahead => "select ahead",
-            Self::Prefetch => "prefetch",
+            Self::Ahead => "prefetch",
         }
     }
 
@@ -74,8 +70,7 @@ impl Stage {
         match self {
             Self::Pages | Self::Whole => "pages",
             Self::Tail => "tail",
-            Self::Ahead => "lists ahead",
-            Self::Prefetch => "rows ahead",
+            Self::Ahead => "ahead",
             _ => "step",
         }
     }

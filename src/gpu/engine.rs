@@ -8,7 +8,7 @@ use floe_cuda::ops::cache::{
     BatchEntry, CHUNK_ROWS, DeviceTensor, Ingest, PageSource, SequencePlace, Tables, build_pages, ingest,
 };
 
-use super::ahead::AheadStreams;
+use super::ahead::AheadStream;
 use super::chain::{Chain, ChainShape, Shared, StepIo};
 use super::classes::{Classes, POLICY};
 use super::cost::{CostModel, Load};
@@ -90,7 +90,7 @@ pub struct GpuEngine<E: DeviceElem> {
     pub(super) layers: Vec<LayerMemory<E>>,
     pub(super) shared: Shared,
     /// Where steps prefetch.
-    pub(super) ahead: Option<AheadStreams>,
+    pub(super) ahead: Option<AheadStream>,
     /// With pages of similar keys.
     pub(super) trees: Option<Trees>,
     /// Of steps that select, and of exact ones: layers of either kind follow one another with the same sequences.
@@ -137,7 +137,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             chains: HashMap::new(),
             layers,
             shared: Shared::new(device, &plan, &options)?,
-            ahead: (plan.prefetch > 0).then(|| AheadStreams::new(device)).transpose()?,
+            ahead: (plan.prefetch > 0).then(|| AheadStream::new(device)).transpose()?,
             trees: if plan.tree {
                 Some(Trees::new(device, (&plan, &options), config.num_layers)?)
             } else {
@@ -451,8 +451,7 @@ impl<E: DeviceElem> GpuEngine<E> {
             }
             Some(_) => {
                 // The capture needs a stream of its own: that of the host engine may be the default one.
-                // What the step waits for goes before the tail and what is fetched for later.
-                let own = Stream::urgent(&self.device)?;
+                let own = Stream::new(&self.device)?;
                 let record = || chain.queue(&own, (plan, shared), tables, memory, io);
                 let graph = Graph::capture::<DeviceError>(&own, record)?;
                 graph.launch(stream)?;

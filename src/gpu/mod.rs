@@ -56,6 +56,7 @@ mod classes;
 mod clock;
 mod cost;
 mod engine;
+mod fetch;
 mod fit;
 mod fork;
 mod gather;

@@ -5,6 +5,7 @@
 mod doubt;
 mod layers;
 mod lifetime;
+mod many;
 mod prefill;
 mod rows;
 mod trace;

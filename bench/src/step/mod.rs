@@ -7,6 +7,8 @@
 //! time alone is taken off: it gives prefetch something to hide behind, and takes device bandwidth as weights do.
 
 mod plot;
+#[cfg(feature = "timeline")]
+mod timeline;
 mod world;
 
 use std::path::PathBuf;
@@ -81,6 +83,10 @@ pub struct Args {
     /// Times of PyTorch's attention, as `bench/compare/sdpa.py --csv` writes them in the same run.
     #[arg(long)]
     sdpa: Option<PathBuf>,
+    /// Also print when the kernels of a step ran, and write when each of their blocks did, of the last case, as CSV.
+    #[cfg(feature = "timeline")]
+    #[arg(long)]
+    timeline: Option<PathBuf>,
     /// Also write the rows as CSV.
     #[arg(long)]
     csv: Option<PathBuf>,
@@ -177,6 +183,8 @@ fn measure(
         gap_us: 0.0,
         submit: args.submit,
         host_lists: args.host_lists,
+        #[cfg(feature = "timeline")]
+        timeline: args.timeline.clone(),
         paced: args.paced,
         tree_threads: args.tree_threads,
     };

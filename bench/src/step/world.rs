@@ -46,6 +46,9 @@ pub struct Case {
     pub gap_us: f64,
     pub submit: Submit,
     pub host_lists: bool,
+    /// Where the records of one token more go.
+    #[cfg(feature = "timeline")]
+    pub timeline: Option<std::path::PathBuf>,
     /// Wait for each token before the next is queued.
     pub paced: bool,
     /// 0: half of the cores.
@@ -235,7 +238,7 @@ fn median(mut x: Vec<f64>) -> f64 {
 pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> {
     let mut engine = engine(device, case)?;
     let rounds_a_token = case.layers.div_ceil(case.held);
-    let calls = WARM_CALLS + case.tokens * rounds_a_token;
+    let calls = WARM_CALLS + (case.tokens + 1) * rounds_a_token;
     ensure!(calls < case.context, "{calls} calls of a layer do not fit a context of {}", case.context);
     let prompt = case.context - calls;
     let sequences: Vec<SeqId> = (0..case.batch).map(|_| engine.admit(None)).collect::<Result<_, _>>()?;
@@ -337,6 +340,19 @@ pub fn time(device: &Device, case: &Case, kv: &mut Kv) -> anyhow::Result<Timed> 
             position += 1;
         }
         token_ms.push((sum - case.layers as f64 * gap.us) / 1e3);
+    }
+    #[cfg(feature = "timeline")]
+    if let Some(path) = &case.timeline {
+        floe_cuda::device::timeline::take(device)?;
+        let steps = case.layers.min(rounds_a_token * case.held);
+        for at in 0..steps {
+            if at % case.held == 0 {
+                inputs.enter(round, &kv.stream)?;
+                round += 1;
+            }
+            call(&mut engine, &inputs, at % case.held)?;
+        }
+        super::timeline::report(&floe_cuda::device::timeline::take(device)?, steps, path)?;
     }
     let [without, with] = rounds.map(|us| if us.is_empty() { f64::NAN } else { median(us) });
     let update_us = with - without;

@@ -13,6 +13,8 @@ mod error;
 mod graph;
 mod kernels;
 mod stream;
+#[cfg(feature = "timeline")]
+pub mod timeline;
 
 pub use buffer::{DevMut, DevRef, DeviceBuffer, PinnedBuffer};
 pub use context::{Device, Properties};

@@ -31,18 +31,6 @@ impl Stream {
         Ok(Self { device: device.clone(), raw, owned: true })
     }
 
-    /// As [`Stream::new`]; its kernels, recorded ones too, take their places on the device before those of other queues.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn urgent(device: &Device) -> Result<Self, DeviceError> {
-        device.bind()?;
-        let (_, greatest) = result::stream::get_priority_range().named("cuCtxGetStreamPriorityRange")?;
-        let kind = result::stream::StreamKind::NonBlocking;
-        let raw = result::stream::create_with_priority(kind, greatest).named("cuStreamCreateWithPriority")?;
-        Ok(Self { device: device.clone(), raw, owned: true })
-    }
-
     /// Works on a stream that the caller owns; null is the default stream.
     ///
     /// # Safety

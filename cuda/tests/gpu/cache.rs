@@ -5,9 +5,9 @@ use floe_cuda::device::{DeviceBuffer, PinnedBuffer};
 use floe_cuda::ops::DeviceElem;
 use floe_cuda::ops::Spans;
 use floe_cuda::ops::cache::{
-    Ahead, AppendStep, BatchEntry, CHUNK_ROWS, CacheShape, DeviceTensor, FetchList, FetchPace, FinishStart,
-    FoundUnit, Ingest, PageSketch, PageSource, Pages, Ranges, Resolve, SequencePlace, Slots, Tables,
-    TensorType, append_step, build_pages, fetch_listed, finish, ingest, refill, resolve, resolve_ahead,
+    Ahead, AppendStep, BatchEntry, CHUNK_ROWS, CacheShape, DeviceTensor, FetchList, FinishStart, FoundUnit,
+    Ingest, PageSketch, PageSource, Pages, Ranges, Resolve, SequencePlace, Slots, Tables, TensorType,
+    append_step, build_pages, fetch_listed, finish, ingest, refill, resolve, resolve_ahead,
 };
 use floe_cuda::ops::sweep::Rotation;
 use floe_cuda::twin::device::{HostCache, HostRotation, WarmRow, encode, merge_parts};
@@ -119,18 +119,6 @@ impl<E: DeviceElem> World<E> {
         }
     }
 
-    /// What a list says is to be fetched, and where to.
-    fn fetched(
-        &self,
-        (from, to): (&DeviceBuffer<u64>, &DeviceBuffer<u32>),
-        num: &DeviceBuffer<u32>,
-    ) -> Vec<(WarmRow, u32)> {
-        let stream = &self.rig.stream;
-        let num = num.read(stream).unwrap()[0] as usize;
-        let (from, to) = (from.read(stream).unwrap(), to.read(stream).unwrap());
-        from[..num].iter().zip(&to).map(|(address, row)| (self.warm_row(*address), *row)).collect()
-    }
-
     /// Fetches on the twin's side.
     fn twin_fetch(&mut self, rows: &[(WarmRow, u32)]) {
         let len = self.twin.shape.row_len();
@@ -138,22 +126,6 @@ impl<E: DeviceElem> World<E> {
             self.twin.kv[*row as usize * len..(*row as usize + 1) * len]
                 .copy_from_slice(&self.twin.warm[token]);
         }
-    }
-
-    /// The token whose row a host address is.
-    fn warm_row(&self, address: u64) -> WarmRow {
-        let len = self.twin.shape.row_len();
-        let at = |chunk: &PinnedBuffer<E>| {
-            address.checked_sub(chunk.view().address()).map(|x| x as usize / size_of::<E>() / len)
-        };
-        let held = self.twin.shape.heads * CHUNK_ROWS;
-        let (chunk, row) = self
-            .host
-            .iter()
-            .enumerate()
-            .find_map(|(i, chunk)| at(chunk).filter(|row| *row < held).map(|row| (i, row)))
-            .unwrap();
-        (chunk / CHUNKS, row / CHUNK_ROWS, chunk % CHUNKS * CHUNK_ROWS + row % CHUNK_ROWS)
     }
 }
 
@@ -336,30 +308,56 @@ fn prompts_are_stored_and_summarised_as_their_twin_does() {
 
 #[test]
 fn steps_store_list_and_fetch_what_their_twin_does() {
-    let (heads, group, d) = (2, 3, 64);
-    let mut world = World::<bf16>::new(shape(heads, group, d), 120);
+    let (hits, misses, brought) = check_steps(60, 64, (48, 120), Brought::Beside);
+    assert!(brought > 100, "{brought} rows came ahead");
+    assert!(misses * 10 > hits && misses < hits, "{misses} of {hits}: the case must have both");
+    // More rows at a time than a block has under way, of two copies each.
+    let (_, misses, _) = check_steps(12, 256, (200, 600), Brought::Beside);
+    assert!(misses > 500, "{misses}");
+    check_steps(12, 256, (200, 600), Brought::Apart);
+    check_steps(12, 64, (48, 120), Brought::Apart);
+    // More slots than are looked at in one step.
+    check_steps(12, 128, (60, 9000), Brought::Beside);
+}
+
+/// By which kernel missing rows are brought.
+#[derive(Clone, Copy, PartialEq)]
+enum Brought {
+    Beside,
+    Apart,
+}
+
+/// Steps that retrieve so many tokens into so many slots; rows found or fetched, fetched, and fetched ahead.
+fn check_steps(
+    steps: usize,
+    d: usize,
+    (retrieved, slots): (usize, usize),
+    brought_by: Brought,
+) -> (u64, u64, u64) {
+    let (heads, group) = (2, 3);
+    let mut world = World::<bf16>::new(shape(heads, group, d), slots);
     let rig = world.rig;
     let prompt = 700;
     for (first, run) in [(0, 300), (300, 400)] {
         world.prefill(0, first, run, None);
         world.prefill(1, first, run, None);
     }
-    let (items, retrieved) = (2 * heads, 48);
+    let items = 2 * heads;
     let list_each = world.twin.shape.fixed_max() + retrieved;
     let zeros = |n: usize| DeviceBuffer::<u32>::zeros(&rig.device, n).unwrap();
     let mut ranges = [zeros(items), zeros(items), zeros(items), zeros(items)];
     let mut q_out = DeviceBuffer::<bf16>::zeros(&rig.device, items * group * d).unwrap();
-    let mut num_fetch = rig.buffer(&[77u32]);
     let (mut list, mut list_end) = (zeros(items * list_each), zeros(items));
     let mut from = DeviceBuffer::<u64>::zeros(&rig.device, items * retrieved).unwrap();
-    let mut to = zeros(items * retrieved);
+    let (mut to, mut num_fetch) = (zeros(items * retrieved), rig.buffer(&[77u32]));
+    let mut ahead_rows = zeros(items * retrieved);
     let rows = world.twin.used.len();
     let none = |n: usize| rig.buffer(&vec![u32::MAX; n]);
     let (mut row_of_token, mut token_of_row) = (none(world.twin.row_of_token.len()), none(rows));
     let (mut used, mut hand) = (zeros(rows), zeros(2 * heads));
     let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 3).unwrap();
     let (mut hits, mut misses, mut brought) = (0, 0, 0);
-    for step in 0..60 {
+    for step in 0..steps {
         // The dense sequence now and then selects, is absent, or is attended exactly.
         let entry = |sequence: u32, tokens: usize| BatchEntry {
             sequence,
@@ -395,8 +393,7 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 row_end: row_end.view_mut(),
             },
             beyond: None,
-            num_fetch: num_fetch.view_mut(),
-            num_ahead: None,
+            num_fetch: Some(num_fetch.view_mut()),
             tree_pages: None,
             doubt: None,
         };
@@ -440,9 +437,12 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
             hand: hand.view_mut(),
             counters: counters.view_mut(),
         };
-        let mut fetch = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
-        resolve::<bf16>(&rig.stream, &tables, request, slots, &mut fetch).unwrap();
-        fetch_listed(&rig.stream, d, (&fetch, FetchPace::Full), world.kv.view_mut()).unwrap();
+        let mut wanted = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
+        let fetch = (brought_by == Brought::Apart).then_some(&mut wanted);
+        resolve(&rig.stream, &tables, request, slots, (world.kv.view_mut(), fetch)).unwrap();
+        if brought_by == Brought::Apart {
+            fetch_listed(&rig.stream, d, &wanted, world.kv.view_mut()).unwrap();
+        }
 
         for (i, entry) in batch.iter().enumerate() {
             let span = i * heads * d..(i + 1) * heads * d;
@@ -459,25 +459,21 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
                 "{name}: list of item {item}"
             );
         }
-        let mut got = world.fetched((&from, &to), &num_fetch);
-        let mut expected = want.fetch.clone();
-        got.sort_unstable();
-        expected.sort_unstable();
-        assert_eq!(got, expected, "{name}: what is fetched");
-        world.twin_fetch(&expected);
-        misses += expected.len() as u64;
+        world.twin_fetch(&want.fetch);
+        misses += want.fetch.len() as u64;
+        world.check_rows(&name);
         // What comes next, some of it there, some of it found just now: as many rows as slots are old enough.
         let next: Vec<Vec<u32>> =
             found.iter().map(|f| f.iter().map(|token| token + step as u32 % 7).collect()).collect();
         let flat: Vec<u32> =
             next.iter().flat_map(|f| f.iter().copied().chain(vec![0; retrieved - f.len()])).collect();
         let device_next = rig.buffer(&flat);
-        num_fetch.write(&[0]).unwrap();
         let ahead = Ahead {
             spans: Spans { first: first.view(), end: end.view() },
             found: device_next.view(),
             unit: FoundUnit::Tokens,
             most: retrieved,
+            rows: ahead_rows.view_mut(),
         };
         let slots = Slots {
             row_of_token: row_of_token.view_mut(),
@@ -492,18 +488,20 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
             sequences: world.sequences.view(),
             chunks: world.chunks.view(),
         };
-        let mut fetch = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
-        resolve_ahead::<bf16>(&rig.stream, &tables, ahead, slots, &mut fetch).unwrap();
-        fetch_listed(&rig.stream, d, (&fetch, FetchPace::Beside), world.kv.view_mut()).unwrap();
-        let mut expected = world.twin.resolve_ahead(&batch, &next);
-        let mut got = world.fetched((&from, &to), &num_fetch);
-        got.sort_unstable();
-        expected.sort_unstable();
-        assert_eq!(got, expected, "{name}: what is fetched ahead");
+        resolve_ahead(&rig.stream, &tables, ahead, slots, world.kv.view_mut()).unwrap();
+        let expected = world.twin.resolve_ahead(&batch, &next);
         world.twin_fetch(&expected);
         brought += expected.len() as u64;
         hits += want.lists[..heads].iter().zip(&found).map(|(_, f)| f.len() as u64).sum::<u64>();
-        world.check_rows(&name);
+        world.check_rows(&format!("{name}, ahead"));
+        for (what, got, want) in [
+            ("rows of tokens", &row_of_token, &world.twin.row_of_token),
+            ("tokens of rows", &token_of_row, &world.twin.token_of_row),
+            ("ticks", &used, &world.twin.used),
+            ("hands", &hand, &world.twin.hand),
+        ] {
+            assert_eq!(&got.read(&rig.stream).unwrap(), want, "{name}: {what}");
+        }
         let (pages, rows_end) = (ranges[1].read(&rig.stream).unwrap(), ranges[3].read(&rig.stream).unwrap());
         let (page_first, row_first) =
             (ranges[0].read(&rig.stream).unwrap(), ranges[2].read(&rig.stream).unwrap());
@@ -520,9 +518,8 @@ fn steps_store_list_and_fetch_what_their_twin_does() {
         (hits, misses, brought),
         "rows found and fetched"
     );
-    assert!(brought > 100, "{brought} rows came ahead");
-    assert!(misses * 10 > hits && misses < hits, "{misses} of {hits}: the case must have both");
     rig.device.check_entries().unwrap();
+    (hits, misses, brought)
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DeviceBuffer, PinnedBuffer};
 use floe_cuda::ops::cache::{
-    AppendStep, BatchEntry, DoubtCheck, FetchList, FoundUnit, PageSource, Ranges, Resolve, Slots, Tables,
-    append_step, build_pages, resolve,
+    AppendStep, BatchEntry, DoubtCheck, FoundUnit, PageSource, Ranges, Resolve, Slots, Tables, append_step,
+    build_pages, resolve,
 };
 use floe_cuda::ops::{
     DecodeArgs, DecodePlan, DevState, DeviceElem, PlanShape, Spans, WholeItems, whole_decode,
@@ -23,7 +23,6 @@ const ITEMS: usize = 2 * HEADS;
 struct Step<E: DeviceElem> {
     ranges: [DeviceBuffer<u32>; 4],
     q_out: DeviceBuffer<E>,
-    num_fetch: DeviceBuffer<u32>,
     sums: DeviceBuffer<[u32; 2]>,
     warm: DeviceBuffer<u64>,
     doubted: DeviceBuffer<u64>,
@@ -37,7 +36,6 @@ impl<E: DeviceElem> Step<E> {
         Self {
             ranges: [words(), words(), words(), words()],
             q_out: DeviceBuffer::zeros(device, ITEMS * GROUP * d).unwrap(),
-            num_fetch: DeviceBuffer::zeros(device, 1).unwrap(),
             sums: DeviceBuffer::zeros(device, ITEMS).unwrap(),
             warm: DeviceBuffer::zeros(device, ITEMS).unwrap(),
             doubted: DeviceBuffer::zeros(device, 1).unwrap(),
@@ -82,8 +80,7 @@ impl<E: DeviceElem> Step<E> {
                 row_end: row_end.view_mut(),
             },
             beyond: None,
-            num_fetch: self.num_fetch.view_mut(),
-            num_ahead: None,
+            num_fetch: None,
             tree_pages: None,
             doubt: Some(DoubtCheck {
                 factor,
@@ -211,10 +208,8 @@ fn nothing_is_listed<E: DeviceElem>(world: &mut World<E>, step: &Step<E>) {
         .collect();
     let (found, firsts, ends) = (rig.buffer(&found), rig.buffer(&firsts), rig.buffer(&ends));
     let (mut row_of_token, mut token_of_row) = (none(world.twin.row_of_token.len()), none(num_rows));
-    let (mut used, mut hand, mut num) = (zeros(num_rows), zeros(ITEMS), zeros(1));
+    let (mut used, mut hand) = (zeros(num_rows), zeros(ITEMS));
     let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 3).unwrap();
-    let mut from = DeviceBuffer::<u64>::zeros(&rig.device, ITEMS * retrieved).unwrap();
-    let mut to = zeros(ITEMS * retrieved);
     let request = Resolve {
         whole: Spans { first: step.ranges[2].view(), end: step.ranges[3].view() },
         spans: Spans { first: firsts.view(), end: ends.view() },
@@ -237,15 +232,14 @@ fn nothing_is_listed<E: DeviceElem>(world: &mut World<E>, step: &Step<E>) {
         sequences: world.sequences.view(),
         chunks: world.chunks.view(),
     };
-    let mut fetch = FetchList { from: from.view_mut(), to: to.view_mut(), num: num.view_mut() };
-    resolve::<E>(&rig.stream, &tables, request, slots, &mut fetch).unwrap();
+    resolve(&rig.stream, &tables, request, slots, (world.kv.view_mut(), None)).unwrap();
     let (first, end) = (step.ranges[2].read(&rig.stream).unwrap(), step.ranges[3].read(&rig.stream).unwrap());
     let listed = list_end.read(&rig.stream).unwrap();
     for item in 0..ITEMS {
         assert_eq!(listed[item] as usize > item * list_each, end[item] <= first[item], "list of item {item}");
     }
     let calm_with_slots = (HEADS..ITEMS).filter(|item| end[*item] <= first[*item]).count();
-    assert_eq!(num.read(&rig.stream).unwrap(), [(calm_with_slots * retrieved) as u32]);
+    assert_eq!(counters.read(&rig.stream).unwrap()[1], (calm_with_slots * retrieved) as u64);
 }
 
 #[test]

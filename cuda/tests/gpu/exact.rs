@@ -38,7 +38,6 @@ fn append<E: DeviceElem>(world: &mut World<E>, tokens: usize) -> Left<E> {
     let (mut pages, mut buffers) = ([words(), words()], [words(), words(), words(), words()]);
     let mut warm = DeviceBuffer::zeros(&rig.device, ITEMS).unwrap();
     let mut q_out = DeviceBuffer::zeros(&rig.device, ITEMS * GROUP * d).unwrap();
-    let mut num_fetch = rig.buffer(&[9u32]);
     let tables = Tables {
         shape: world.twin.shape,
         batch: world.batch.view(),
@@ -60,8 +59,7 @@ fn append<E: DeviceElem>(world: &mut World<E>, tokens: usize) -> Left<E> {
             row_end: row_end.view_mut(),
         },
         beyond: Some(BeyondRows { first: first.view_mut(), end: end.view_mut(), warm: warm.view_mut() }),
-        num_fetch: num_fetch.view_mut(),
-        num_ahead: None,
+        num_fetch: None,
         tree_pages: None,
         doubt: None,
     };

@@ -108,7 +108,7 @@ fn timeline(rows: &[StageRow]) -> std::result::Result<Timeline, ChartError> {
     let kinds =
         shown.iter().map(|stage| Kind { label: stage.name().into(), ink: inks.category(stage.name()) });
     let mut chart = Timeline::new(Axis::linear("time").format(NumberFormat::Micros), kinds)?;
-    for stream in ["step", "pages", "tail", "lists ahead", "rows ahead"] {
+    for stream in ["step", "pages", "tail", "ahead"] {
         let spans = rows.iter().filter(|row| row.stage.stream() == stream).map(|row| Span {
             start: row.start_us,
             end: row.end_us,
@@ -169,10 +169,10 @@ mod tests {
         let of = |stage| rows.iter().find(|row| row.stage == stage).map(|row| (row.start_us, row.end_us));
         assert_eq!(of(Stage::Tail), Some((5.0, 9.0)));
         assert_eq!(of(Stage::Ahead), Some((10.0, 16.0)));
-        assert_eq!(of(Stage::Fetch), None);
+        assert_eq!(of(Stage::Attend), None);
         let text = overlap_table(&rows).unwrap().to_text();
-        assert!(text.contains("select ahead") && text.contains("tail"), "{text}");
+        assert!(text.contains("prefetch") && text.contains("tail"), "{text}");
         let html = device_profile_html(&[], &rows, "profile").unwrap();
-        assert!(html.contains("<svg") && html.contains("lists ahead"));
+        assert!(html.contains("<svg") && html.contains("prefetch"));
     }
 }

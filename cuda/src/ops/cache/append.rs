@@ -17,7 +17,6 @@ struct AppendStepParams {
     ranges: [u64; 4],
     beyond: [u64; 3],
     num_fetch: u64,
-    num_ahead: u64,
     tree_pages: u64,
     fault: u64,
     spread: u64,
@@ -93,10 +92,8 @@ pub struct AppendStep<'a, E> {
     pub ranges: Ranges<'a>,
     /// `None`: every token of an exact entry has its row, or one that has none is reported and not stored.
     pub beyond: Option<BeyondRows<'a>>,
-    /// One word, becomes 0; device.
-    pub num_fetch: DevMut<'a, u32>,
-    /// Another such word, of what is fetched for later steps (see [`super::resolve_ahead`]).
-    pub num_ahead: Option<DevMut<'a, u32>>,
+    /// One word, becomes 0, where rows are listed for [`super::fetch_listed`]; device.
+    pub num_fetch: Option<DevMut<'a, u32>>,
     /// Pages of the tree of each kv head, [sequences, heads]; `None`: pages are runs of 16 tokens. Device.
     pub tree_pages: Option<DevRef<'a, u32>>,
     /// `None`: no item is in doubt.
@@ -121,6 +118,7 @@ pub fn append_step<E: DeviceElem>(
         let (value, expected) = (step.v.dtype() as usize, "the type of k");
         return Err(DeviceError::Unsupported { field: "type of v", value, expected });
     }
+    step.num_fetch.as_ref().map_or(Ok(()), |num| num.check("num_fetch", 1))?;
     let num_rows = step.kv.len() / shape.row_len();
     step.kv.check("kv", num_rows * shape.row_len())?;
     step.q_out.check("q_out", items * shape.group * shape.head_dim)?;
@@ -134,8 +132,6 @@ pub fn append_step<E: DeviceElem>(
         beyond.end.check("beyond", items)?;
         beyond.warm.check("beyond", items)?;
     }
-    step.num_fetch.check("num_fetch", 1)?;
-    step.num_ahead.as_ref().map_or(Ok(()), |num| num.check("num_ahead", 1))?;
     if let Some(pages) = step.tree_pages {
         pages.check("tree_pages", tables.sequences.len() * shape.heads)?;
     }
@@ -159,8 +155,7 @@ pub fn append_step<E: DeviceElem>(
         beyond: step
             .beyond
             .map_or([0; 3], |beyond| [beyond.first.address(), beyond.end.address(), beyond.warm.address()]),
-        num_fetch: step.num_fetch.address(),
-        num_ahead: step.num_ahead.map_or(0, |num| num.address()),
+        num_fetch: step.num_fetch.map_or(0, |num| num.address()),
         tree_pages: step.tree_pages.map_or(0, |pages| pages.address()),
         fault: stream.device().fault_address(),
         spread: of_doubt(|doubt| doubt.spread.address()),

@@ -1,7 +1,7 @@
 //! Launchers of the kernels that keep the engine's cache on the device: append, ingest and gather, page summaries, slots, output.
 //!
 //! ```text
-//! append_step ─> scores ─> select ─┬> resolve ─> fetch_listed ─> sparse_decode ─┬> finish
+//! append_step ─> scores ─> select ─┬> resolve (─> fetch_listed) ─> sparse_decode ─┬> finish
 //!      │                           └> tail ──────────────────────────────────────┤
 //!      └─> build_pages ─> whole_decode ──────────────────────────────────────────┘
 //! ```
@@ -25,8 +25,7 @@ pub use gather::{Gather, gather};
 pub use ingest::{Ingest, ingest, refill};
 pub use pages::{PageSketch, PageSource, Pages, build_pages};
 pub use resolve::{
-    Ahead, FetchList, FetchPace, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve,
-    resolve_ahead,
+    Ahead, FetchList, FoundUnit, RETRIEVED_MAX, Resolve, Slots, fetch_listed, resolve, resolve_ahead,
 };
 pub use tensor::{DeviceTensor, TensorType};
 pub use tree::{Counted, Said, TreePage, TreePages, announce_tree_pages, build_tree_pages};

@@ -1,4 +1,4 @@
-//! Launchers of `cache_resolve` and `cache_fetch`: rows for the tokens of a step, and the rows that are missing.
+//! Launchers of `cache_resolve` and `cache_fetch`: rows for the tokens of a step, those that are missing brought from host memory.
 
 use super::{CacheParams, Tables};
 use crate::device::{DevMut, DevRef, DeviceError, Launch, Stream, Together};
@@ -22,6 +22,7 @@ struct ResolveParams {
     hand: u64,
     list: u64,
     list_end: u64,
+    kv: u64,
     from: u64,
     to: u64,
     num_fetch: u64,
@@ -33,17 +34,6 @@ struct ResolveParams {
     num_tokens: u32,
     unit_shift: u32,
     ahead: u32,
-}
-
-/// Mirrors `floe::FetchListedParams`.
-#[repr(C)]
-struct FetchListedParams {
-    from: u64,
-    to: u64,
-    num: u64,
-    kv: u64,
-    pieces: u32,
-    limit: u32,
 }
 
 /// Which token lies in which row; device. Before the first step: no token, never used.
@@ -61,6 +51,17 @@ pub struct Slots<'a> {
     pub counters: DevMut<'a, u64>,
 }
 
+/// Mirrors `floe::FetchListedParams`.
+#[repr(C)]
+struct FetchListedParams {
+    from: u64,
+    to: u64,
+    num: u64,
+    kv: u64,
+    row_bytes: u32,
+    limit: u32,
+}
+
 /// Rows to bring from host memory; device.
 #[derive(Debug)]
 pub struct FetchList<'a> {
@@ -68,7 +69,7 @@ pub struct FetchList<'a> {
     pub from: DevMut<'a, u64>,
     /// Rows they go to, as many.
     pub to: DevMut<'a, u32>,
-    /// How many, one word.
+    /// How many, one word; zero before [`resolve`].
     pub num: DevMut<'a, u32>,
 }
 
@@ -111,10 +112,14 @@ pub struct Ahead<'a> {
     pub unit: FoundUnit,
     /// Most tokens of an item, at most [`RETRIEVED_MAX`].
     pub most: usize,
+    /// Room for `[items, most]` rows; written, device.
+    pub rows: DevMut<'a, u32>,
 }
 
-/// Lists the rows of sinks, newest tokens and retrieved tokens of each item, and what has to be fetched before they are read.
-/// `row_len` elements of `E` a row, `num_rows` rows on the device.
+/// Lists the rows of sinks, newest tokens and retrieved tokens of each item, and brings those that are missing from host memory
+/// into `kv` [rows, 2, head_dim]; device. With `fetch` they are only listed, for [`fetch_listed`], which then follows.
+///
+/// Host addresses come from the chunk table and never lie beyond it.
 ///
 /// # Errors
 /// Shapes that do not fit; what the driver reports.
@@ -123,29 +128,39 @@ pub fn resolve<E: DeviceElem>(
     tables: &Tables<'_>,
     step: Resolve<'_>,
     slots: Slots<'_>,
-    fetch: &mut FetchList<'_>,
+    (kv, fetch): (DevMut<'_, E>, Option<&mut FetchList<'_>>),
 ) -> Result<(), DeviceError> {
     let (shape, items) = (tables.shape, tables.items());
+    if let Some(fetch) = &fetch {
+        fetch.from.check("from", items * step.retrieved)?;
+        fetch.to.check("to", items * step.retrieved)?;
+        fetch.num.check("num_fetch", 1)?;
+    }
+    let (from, to, num) =
+        fetch.map_or((0, 0, 0), |fetch| (fetch.from.address(), fetch.to.address(), fetch.num.address()));
     step.whole.first.check("row_first", items)?;
     step.whole.end.check("row_end", items)?;
     let list_each = shape.fixed_max() + step.retrieved;
     step.list.check("list", items * list_each)?;
     step.list_end.check("list_end", items)?;
-    let ahead = Ahead { spans: step.spans, found: step.found, unit: step.unit, most: step.retrieved };
+    let units = Units { spans: step.spans, found: step.found, unit: step.unit, most: step.retrieved };
     let params = ResolveParams {
         row_first: step.whole.first.address(),
         row_end: step.whole.end.address(),
         list: step.list.address(),
         list_end: step.list_end.address(),
         list_each: word("list", list_each)?,
+        from,
+        to,
+        num_fetch: num,
         ahead: 0,
-        ..params::<E>(tables, &ahead, &slots, fetch)?
+        ..params(tables, &units, &slots, kv)?
     };
     launch(stream, items, &params)
 }
 
-/// Gives slots to tokens that a later step may want, and lists what has to be fetched into them. Runs behind the step's own
-/// [`resolve`], which goes before: only slots that were last used earlier than a step ago are given away, so a token may get none.
+/// Gives slots to tokens that a later step may want, and brings their rows. Runs behind the step's own [`resolve`], which goes
+/// before: only slots that were last used earlier than a step ago are given away, so a token may get none.
 ///
 /// # Errors
 /// Shapes that do not fit; what the driver reports.
@@ -154,58 +169,74 @@ pub fn resolve_ahead<E: DeviceElem>(
     tables: &Tables<'_>,
     ahead: Ahead<'_>,
     slots: Slots<'_>,
-    fetch: &mut FetchList<'_>,
+    kv: DevMut<'_, E>,
 ) -> Result<(), DeviceError> {
-    launch(stream, tables.items(), &params::<E>(tables, &ahead, &slots, fetch)?)
+    let items = tables.items();
+    ahead.rows.check("rows", items * ahead.most)?;
+    let units = Units { spans: ahead.spans, found: ahead.found, unit: ahead.unit, most: ahead.most };
+    let params = ResolveParams {
+        list: ahead.rows.address(),
+        list_each: word("list", ahead.most)?,
+        ..params(tables, &units, &slots, kv)?
+    };
+    launch(stream, items, &params)
 }
 
-/// Of [`resolve_ahead`].
+/// What both look up.
+struct Units<'a> {
+    spans: Spans<'a>,
+    found: DevRef<'a, u32>,
+    unit: FoundUnit,
+    most: usize,
+}
+
+/// Of [`resolve_ahead`], without a list.
 fn params<E: DeviceElem>(
     tables: &Tables<'_>,
-    ahead: &Ahead<'_>,
+    units: &Units<'_>,
     slots: &Slots<'_>,
-    fetch: &FetchList<'_>,
+    kv: DevMut<'_, E>,
 ) -> Result<ResolveParams, DeviceError> {
     let (shape, items) = (tables.shape, tables.items());
-    if ahead.most > RETRIEVED_MAX {
+    if units.most > RETRIEVED_MAX {
         return Err(DeviceError::Unsupported {
             field: "retrieved",
-            value: ahead.most,
+            value: units.most,
             expected: "at most 4096",
         });
     }
-    ahead.spans.first.check("found_first", items)?;
-    ahead.spans.end.check("found_end", items)?;
+    units.spans.first.check("found_first", items)?;
+    units.spans.end.check("found_end", items)?;
     let (num_rows, num_tokens) = (slots.used.len(), slots.row_of_token.len());
     slots.token_of_row.check("token_of_row", num_rows)?;
     slots.hand.check("hand", tables.sequences.len() * shape.heads)?;
     slots.counters.check("counters", 3)?;
-    fetch.from.check("from", items * ahead.most)?;
-    fetch.to.check("to", items * ahead.most)?;
-    fetch.num.check("num_fetch", 1)?;
+    kv.check("kv", num_rows * shape.row_len())?;
+    check_aligned("kv", kv.address())?;
     Ok(ResolveParams {
         cache: tables.params()?,
         row_first: 0,
         row_end: 0,
-        found_first: ahead.spans.first.address(),
-        found_end: ahead.spans.end.address(),
-        found: ahead.found.address(),
+        found_first: units.spans.first.address(),
+        found_end: units.spans.end.address(),
+        found: units.found.address(),
         row_of_token: slots.row_of_token.address(),
         token_of_row: slots.token_of_row.address(),
         used: slots.used.address(),
         hand: slots.hand.address(),
         list: 0,
         list_end: 0,
-        from: fetch.from.address(),
-        to: fetch.to.address(),
-        num_fetch: fetch.num.address(),
+        kv: kv.address(),
+        from: 0,
+        to: 0,
+        num_fetch: 0,
         counters: slots.counters.address(),
         list_each: 0,
-        retrieved: word("retrieved", ahead.most)?,
+        retrieved: word("retrieved", units.most)?,
         row_bytes: word("row", shape.row_len() * size_of::<E>())?,
         num_rows: word("rows", num_rows)?,
         num_tokens: word("tokens", num_tokens)?,
-        unit_shift: if ahead.unit == FoundUnit::Pages { 4 } else { 0 },
+        unit_shift: if units.unit == FoundUnit::Pages { 4 } else { 0 },
         ahead: 1,
     })
 }
@@ -213,18 +244,17 @@ fn params<E: DeviceElem>(
 fn launch(stream: &Stream, items: usize, params: &ResolveParams) -> Result<(), DeviceError> {
     let kernel = stream.device().kernel("cache_resolve", "cache_resolve", 0)?;
     let launch = Launch { blocks: (word("items", items)?, 1), threads: 512, shared_bytes: 0 };
-    // SAFETY: the layouts match, every buffer has the checked shape, and the kernel begins by waiting for earlier ones.
+    // SAFETY: the layouts match, every buffer has the checked shape, host addresses come from the chunk table, and the kernel begins
+    // by waiting for earlier ones.
     unsafe { kernel.launch_early(stream, launch, Together::ALONE, params) }
 }
 
-/// What a fetch takes for itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FetchPace {
-    /// The link: a step waits for it. It is full from 32 blocks on.
-    Full,
-    /// A few blocks, so that steps beside it find places on the device and on the link.
-    Beside,
-}
+/// Blocks that bring listed rows. Each fills a multiprocessor by itself, and tails leave four free. They get nine tenths of what any
+/// number of blocks gets out of host memory (18 GB/s in rows of 512 bytes on an H100), and as much as those beside a tail (13).
+const FETCH_BLOCKS: u32 = 4;
+/// Warps of such a block at most, and bytes that each has under way, as in `cache_resolve.cu`.
+const FETCH_WARPS: u32 = 32;
+const FETCH_BYTES: u32 = 8 * 512;
 
 /// Brings the listed rows into `kv` [rows, 2, head_dim].
 ///
@@ -235,7 +265,7 @@ pub enum FetchPace {
 pub fn fetch_listed<E: DeviceElem>(
     stream: &Stream,
     head_dim: usize,
-    (list, pace): (&FetchList<'_>, FetchPace),
+    list: &FetchList<'_>,
     kv: DevMut<'_, E>,
 ) -> Result<(), DeviceError> {
     list.to.check("to", list.from.len())?;
@@ -246,12 +276,15 @@ pub fn fetch_listed<E: DeviceElem>(
         to: list.to.address(),
         num: list.num.address(),
         kv: kv.address(),
-        pieces: word("head_dim", 2 * head_dim * size_of::<E>() / 16)?,
+        row_bytes: word("head_dim", 2 * head_dim * size_of::<E>())?,
         limit: word("list", list.from.len())?,
     };
-    let kernel = stream.device().kernel("cache_resolve", "cache_fetch", 0)?;
-    let blocks = if pace == FetchPace::Full { 64 } else { 8 };
-    let launch = Launch { blocks: (blocks, 1), threads: 256, shared_bytes: 0 };
+    // Some devices have less shared memory than that.
+    let most = word("shared memory", stream.device().properties().shared_bytes_max)?;
+    let warps = (most / FETCH_BYTES).clamp(1, FETCH_WARPS);
+    let shared_bytes = warps * FETCH_BYTES;
+    let kernel = stream.device().kernel("cache_resolve", "cache_fetch", shared_bytes)?;
+    let launch = Launch { blocks: (FETCH_BLOCKS, 1), threads: warps * 32, shared_bytes };
     // SAFETY: the layouts match; the list's entries are addresses of rows in mapped chunks and rows of kv; the kernel begins by
     // waiting for earlier ones.
     unsafe { kernel.launch_early(stream, launch, Together::ALONE, &params) }

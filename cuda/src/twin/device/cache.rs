@@ -6,8 +6,9 @@ use super::HostRotation;
 use crate::KvElem;
 use crate::ops::cache::{BatchEntry, CacheShape, SequencePlace};
 
-/// Slots that are looked at in one step, and ages that are told apart, as in `cache_resolve.cu`.
+/// Slots that are looked at in one step, the threads that look at them, and ages that are told apart, as in `cache_resolve.cu`.
 const SLOTS_AT_ONCE: usize = 8192;
+const THREADS: usize = 512;
 const AGE_MAX: u32 = 1023;
 const NONE: u32 = u32::MAX;
 
@@ -227,19 +228,20 @@ impl<E: KvElem> HostCache<E> {
         let place = self.places[sequence];
         let first_slot =
             place.rows as usize + head * place.rows_each as usize + self.shape.sinks + self.shape.ring;
-        // The window of slots from the hand on; oldest ages first, equal ages by place, those of one age above the last whole age
-        // mixed by place.
+        // The window of slots from the hand on; oldest ages first, equal ages by the thread that looks at them, those above the
+        // last whole age mixed.
         let slots = place.slots as usize;
         let window = slots.min(SLOTS_AT_ONCE);
         let hand = &mut self.hand[sequence * self.shape.heads + head];
         let at = |i: usize| first_slot + (*hand as usize + i) % slots;
         let age = |i: usize| tick.wrapping_sub(self.used[at(i)]).min(AGE_MAX);
         let mut by_age: Vec<usize> = (0..window).filter(|i| age(*i) > ahead).collect();
-        by_age.sort_by_key(|i| (std::cmp::Reverse(age(*i)), *i));
+        let looked_at = |i: &usize| (i % THREADS, *i);
+        by_age.sort_by_key(|i| (std::cmp::Reverse(age(*i)), looked_at(i)));
         let limit = by_age.get(missing.len() - 1).map_or(0, |i| age(*i));
         let (mut chosen, same): (Vec<usize>, Vec<usize>) =
             by_age.into_iter().filter(|i| age(*i) >= limit).partition(|i| age(*i) > limit);
-        chosen.sort_unstable();
+        chosen.sort_unstable_by_key(looked_at);
         chosen.extend(same);
         let chosen: Vec<usize> = chosen.iter().take(missing.len()).map(|i| at(*i)).collect();
         *hand = ((*hand as usize + window) % slots) as u32;
