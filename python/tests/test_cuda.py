@@ -196,7 +196,6 @@ def test_refusals():
     ids = prompt(1, 300)
     cases = [
         (build("llama", torch.float32), {}, "must be bfloat16 or float16 on a CUDA device"),
-        (model, {"dense_layers": 1}, "`dense_layers`: must be 0 on a CUDA device"),
         (model, {"threads": 2}, "`threads`: has no meaning on a CUDA device"),
         (model, {"policy": "quest"}, "the cuda backend runs"),
         (model, {"resident": 2.0}, "config field `resident` = 2"),

@@ -203,7 +203,7 @@ def test_crop_select_and_refusals(on_device):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"dense_layers": 1}, "`dense_layers`: must be 0 on a CUDA device"),
+        ({"eviction": "lru"}, "`eviction`: has no meaning on a CUDA device"),
         ({"threads": 2}, "`threads`: has no meaning on a CUDA device"),
     ],
 )
@@ -215,10 +215,11 @@ def test_settings_without_meaning_are_refused(on_device, settings, text):
 
 def test_a_layer_is_indexed_once_its_prompt_is_stored(on_device):
     model = enable(build("llama"))
-    cache = FloeCache(model.config, policy="floe:sketch=k2v1", budget=128, sinks=16)
+    cache = FloeCache(model.config, policy="floe:sketch=k2v1", budget=128, sinks=16, dense_layers=1)
     model.generate(prompt(1, 20), past_key_values=cache, max_new_tokens=2)
     engine = cache._rows.engine
-    assert engine.hot_slots == 512 and engine.engine.config["policy"] == "floe:sketch=k2v1"
+    config = engine.engine.config
+    assert (engine.hot_slots, config["policy"], config["dense_layers"]) == (512, "floe:sketch=k2v1", 1)
     assert engine.indexed == [(0, layer, 20) for layer in range(engine.layers)]
 
 

@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
@@ -163,6 +164,7 @@ impl<T: Pod> DeviceBuffer<T> {
         // The driver refuses empty allocations.
         // SAFETY: freed on drop.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.named("cuMemAlloc")?;
+        device.inner.held.fetch_add(bytes, Ordering::Relaxed);
         let buffer = Self { device: device.clone(), address, len, element: PhantomData };
         // SAFETY: the allocation is that large.
         unsafe { result::memset_d8_sync(address, 0, bytes.max(1)) }.named("cuMemsetD8")?;
@@ -333,6 +335,7 @@ impl<T> DeviceBuffer<T> {
 
 impl<T> Drop for DeviceBuffer<T> {
     fn drop(&mut self) {
+        self.device.inner.held.fetch_sub(self.len * size_of::<T>(), Ordering::Relaxed);
         if self.device.bind().is_ok() {
             // SAFETY: allocated by us, freed once; the driver waits for the work that uses it.
             let _ = unsafe { result::free_sync(self.address) };

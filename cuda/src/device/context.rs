@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{result, sys};
@@ -41,6 +42,8 @@ pub(super) struct Inner {
     properties: Properties,
     /// One word in device memory that kernels set when a list entry lies outside its buffer; 0 until allocated.
     fault: sys::CUdeviceptr,
+    /// Bytes of the buffers in device memory.
+    pub(super) held: AtomicUsize,
     /// Loaded modules and functions, by name.
     pub(super) kernels: Mutex<HashMap<String, Kernel>>,
     pub(super) modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
@@ -95,6 +98,7 @@ impl Device {
                 shared_bytes_per_multiprocessor: 0,
             },
             fault: 0,
+            held: AtomicUsize::new(0),
             kernels: Mutex::default(),
             modules: Mutex::default(),
         };
@@ -152,6 +156,12 @@ impl Device {
     pub fn memory(&self) -> Result<(usize, usize), DeviceError> {
         self.bind()?;
         result::mem_get_info().named("cuMemGetInfo")
+    }
+
+    /// Bytes of device memory that buffers opened with this handle or its copies hold.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.inner.held.load(Ordering::Relaxed)
     }
 
     /// Waits for all work of the device.

@@ -19,7 +19,9 @@ DEVICE_FLOE = "pagemean:sketch=k1,tail=page"
 #: The same policy with its trees.
 TREE_FLOE = "floe:sketch=k2v1"
 
-_SETTINGS = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim", "policy", "budget", "sinks", "window", "seed")
+_SETTINGS = (
+    "num_layers", "num_q_heads", "num_kv_heads", "head_dim", "policy", "budget", "sinks", "window", "dense_layers", "seed",
+)  # fmt: skip
 
 
 class CudaRows:
