@@ -61,6 +61,11 @@ impl AheadMemory {
     }
 }
 
+/// Where each item's part of a list begins.
+pub(super) fn firsts(items: usize, each: usize) -> Vec<u32> {
+    (0..items).map(|item| (item * each) as u32).collect()
+}
+
 /// The next best units of a step, by item.
 #[derive(Debug)]
 pub(super) struct AheadList {
@@ -71,9 +76,8 @@ pub(super) struct AheadList {
 
 impl AheadList {
     pub(super) fn new(device: &Device, items: usize, units: usize) -> Result<Self, DeviceError> {
-        let firsts: Vec<u32> = (0..items).map(|item| (item * units) as u32).collect();
         Ok(Self {
-            first: DeviceBuffer::from_slice(device, &firsts)?,
+            first: DeviceBuffer::from_slice(device, &firsts(items, units))?,
             end: DeviceBuffer::zeros(device, items)?,
             list: DeviceBuffer::zeros(device, items * units)?,
         })

@@ -47,10 +47,9 @@ pub(super) struct Staging {
 
 impl Staging {
     pub(super) fn new(device: &Device, plan: &Plan, layers: usize) -> Result<Self> {
-        let each = plan.built_beside();
-        let len = AT_ONCE + layers * each;
+        let len = plan.staged(layers);
         Ok(Self {
-            each,
+            each: plan.built_beside(),
             listed: DeviceBuffer::zeros(device, len)?,
             log_count: DeviceBuffer::zeros(device, len)?,
             masks: DeviceBuffer::zeros(device, len)?,
@@ -76,10 +75,15 @@ impl Staging {
 }
 
 impl Plan {
+    /// Places of listed pages, for so many layers of all sequences together.
+    fn staged(&self, layers: usize) -> usize {
+        AT_ONCE + layers * self.built_beside()
+    }
+
     /// Bytes of listed pages until they count, for so many layers of all sequences together.
     pub(super) fn staged_bytes(&self, layers: usize) -> usize {
         let place = size_of::<TreePage>() + 2 * size_of::<f32>() + size_of::<u16>();
-        if self.tree { (AT_ONCE + layers * self.built_beside()) * place } else { 0 }
+        if self.tree { self.staged(layers) * place } else { 0 }
     }
 }
 

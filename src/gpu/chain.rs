@@ -27,7 +27,7 @@ use floe_cuda::ops::{
 };
 use half::f16;
 
-use super::ahead::AheadList;
+use super::ahead::{AheadList, firsts};
 use super::clock::{Clock, Stage};
 use super::fetch::FetchMemory;
 use super::layer::{DoubtMemory, LayerMemory, PageMemory, SlotMemory};
@@ -197,7 +197,6 @@ impl Sparse {
         let items = shape.entries * cache.heads;
         let units = plan.units();
         let list_each = cache.fixed_max() + plan.retrieved;
-        let firsts = |each: usize| (0..items).map(|i| (i * each) as u32).collect::<Vec<_>>();
         let rows_max = vec![list_each as u32; items];
         let decode = PlanShape { rows_max: &rows_max, group: cache.group, head_dim: cache.head_dim };
         let all_rows = vec![(shape.pages * 16 + cache.fixed_max()) as u32; items];
@@ -212,10 +211,10 @@ impl Sparse {
             sweep: Sweep::new(device, scan)?,
             attend: DecodePlan::new(device, decode)?,
             unit_lse: DeviceBuffer::zeros(device, items * cache.group)?,
-            found_first: DeviceBuffer::from_slice(device, &firsts(units))?,
+            found_first: DeviceBuffer::from_slice(device, &firsts(items, units))?,
             found_end: DeviceBuffer::zeros(device, items)?,
             found: DeviceBuffer::zeros(device, items * units)?,
-            list_first: DeviceBuffer::from_slice(device, &firsts(list_each))?,
+            list_first: DeviceBuffer::from_slice(device, &firsts(items, list_each))?,
             list_end: DeviceBuffer::zeros(device, items)?,
             list: DeviceBuffer::zeros(device, items * list_each)?,
             fetch: FetchMemory::new(device, items, plan.retrieved)?,

@@ -32,6 +32,49 @@ pub struct World<E: DeviceElem> {
     pub random: Random,
 }
 
+/// What kernels know of all sequences: borrows no more of a [`World`] than it reads.
+pub fn tables_of<'a>(
+    shape: CacheShape,
+    batch: &'a DeviceBuffer<BatchEntry>,
+    sequences: &'a DeviceBuffer<SequencePlace>,
+    chunks: &'a DeviceBuffer<u64>,
+) -> Tables<'a> {
+    Tables { shape, batch: batch.view(), sequences: sequences.view(), chunks: chunks.view() }
+}
+
+/// Empty slots, and what was found in them.
+pub struct SlotRig {
+    row_of_token: DeviceBuffer<u32>,
+    token_of_row: DeviceBuffer<u32>,
+    used: DeviceBuffer<u32>,
+    hand: DeviceBuffer<u32>,
+    pub counters: DeviceBuffer<u64>,
+}
+
+impl SlotRig {
+    pub fn new<E: DeviceElem>(world: &World<E>) -> Self {
+        let (rig, twin) = (world.rig, &world.twin);
+        let none = |n: usize| rig.buffer(&vec![u32::MAX; n]);
+        Self {
+            row_of_token: none(twin.row_of_token.len()),
+            token_of_row: none(twin.used.len()),
+            used: DeviceBuffer::zeros(&rig.device, twin.used.len()).unwrap(),
+            hand: DeviceBuffer::zeros(&rig.device, twin.hand.len()).unwrap(),
+            counters: DeviceBuffer::zeros(&rig.device, 3).unwrap(),
+        }
+    }
+
+    pub fn write(&mut self) -> Slots<'_> {
+        Slots {
+            row_of_token: self.row_of_token.view_mut(),
+            token_of_row: self.token_of_row.view_mut(),
+            used: self.used.view_mut(),
+            hand: self.hand.view_mut(),
+            counters: self.counters.view_mut(),
+        }
+    }
+}
+
 impl<E: DeviceElem> World<E> {
     pub fn new(shape: CacheShape, slots: usize) -> Self {
         let rig = rig();
@@ -85,12 +128,7 @@ impl<E: DeviceElem> World<E> {
         let (device_k, device_v) = (self.rig.buffer(&k), self.rig.buffer(&v));
         let dims = [run, shape.heads, shape.head_dim];
         let of = Ingest { k: tensor(&device_k, dims), v: tensor(&device_v, dims), sequence, first };
-        let tables = Tables {
-            shape,
-            batch: self.batch.view(),
-            sequences: self.sequences.view(),
-            chunks: self.chunks.view(),
-        };
+        let tables = tables_of(shape, &self.batch, &self.sequences, &self.chunks);
         let stream = &self.rig.stream;
         if let Some(buffers) = pages {
             let (from, until) = (buffers.built, (first + run).saturating_sub(shape.window) / 16);
@@ -281,12 +319,7 @@ fn check_prompt<E: DeviceElem>(heads: usize, d: usize, bits: [usize; 2]) {
     buffers.check(&world, &name);
     // Forgotten rows of the ring come back from host memory.
     let ring = world.twin.shape.ring;
-    let tables = Tables {
-        shape: world.twin.shape,
-        batch: world.batch.view(),
-        sequences: world.sequences.view(),
-        chunks: world.chunks.view(),
-    };
+    let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
     let until = first - 100;
     refill(&world.rig.stream, &tables, (1, until - ring..until), world.kv.view_mut()).unwrap();
     for head in 0..heads {
@@ -351,11 +384,7 @@ fn check_steps(
     let mut from = DeviceBuffer::<u64>::zeros(&rig.device, items * retrieved).unwrap();
     let (mut to, mut num_fetch) = (zeros(items * retrieved), rig.buffer(&[77u32]));
     let mut ahead_rows = zeros(items * retrieved);
-    let rows = world.twin.used.len();
-    let none = |n: usize| rig.buffer(&vec![u32::MAX; n]);
-    let (mut row_of_token, mut token_of_row) = (none(world.twin.row_of_token.len()), none(rows));
-    let (mut used, mut hand) = (zeros(rows), zeros(2 * heads));
-    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 3).unwrap();
+    let mut slots = SlotRig::new(&world);
     let (mut hits, mut misses, mut brought) = (0, 0, 0);
     for step in 0..steps {
         // The dense sequence now and then selects, is absent, or is attended exactly.
@@ -373,12 +402,7 @@ fn check_steps(
         let (q, k, v) =
             (world.elems(2 * heads * group * d), world.elems(2 * heads * d), world.elems(2 * heads * d));
         let device = [rig.buffer(&q), rig.buffer(&k), rig.buffer(&v)];
-        let tables = Tables {
-            shape: world.twin.shape,
-            batch: world.batch.view(),
-            sequences: world.sequences.view(),
-            chunks: world.chunks.view(),
-        };
+        let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
         let [page_first, page_end, row_first, row_end] = &mut ranges;
         let append = AppendStep {
             q: tensor(&device[0], dims(heads * group)),
@@ -430,16 +454,9 @@ fn check_steps(
             list: list.view_mut(),
             list_end: list_end.view_mut(),
         };
-        let slots = Slots {
-            row_of_token: row_of_token.view_mut(),
-            token_of_row: token_of_row.view_mut(),
-            used: used.view_mut(),
-            hand: hand.view_mut(),
-            counters: counters.view_mut(),
-        };
         let mut wanted = FetchList { from: from.view_mut(), to: to.view_mut(), num: num_fetch.view_mut() };
         let fetch = (brought_by == Brought::Apart).then_some(&mut wanted);
-        resolve(&rig.stream, &tables, request, slots, (world.kv.view_mut(), fetch)).unwrap();
+        resolve(&rig.stream, &tables, request, slots.write(), (world.kv.view_mut(), fetch)).unwrap();
         if brought_by == Brought::Apart {
             fetch_listed(&rig.stream, d, &wanted, world.kv.view_mut()).unwrap();
         }
@@ -475,30 +492,18 @@ fn check_steps(
             most: retrieved,
             rows: ahead_rows.view_mut(),
         };
-        let slots = Slots {
-            row_of_token: row_of_token.view_mut(),
-            token_of_row: token_of_row.view_mut(),
-            used: used.view_mut(),
-            hand: hand.view_mut(),
-            counters: counters.view_mut(),
-        };
-        let tables = Tables {
-            shape: world.twin.shape,
-            batch: world.batch.view(),
-            sequences: world.sequences.view(),
-            chunks: world.chunks.view(),
-        };
-        resolve_ahead(&rig.stream, &tables, ahead, slots, world.kv.view_mut()).unwrap();
+        let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
+        resolve_ahead(&rig.stream, &tables, ahead, slots.write(), world.kv.view_mut()).unwrap();
         let expected = world.twin.resolve_ahead(&batch, &next);
         world.twin_fetch(&expected);
         brought += expected.len() as u64;
         hits += want.lists[..heads].iter().zip(&found).map(|(_, f)| f.len() as u64).sum::<u64>();
         world.check_rows(&format!("{name}, ahead"));
         for (what, got, want) in [
-            ("rows of tokens", &row_of_token, &world.twin.row_of_token),
-            ("tokens of rows", &token_of_row, &world.twin.token_of_row),
-            ("ticks", &used, &world.twin.used),
-            ("hands", &hand, &world.twin.hand),
+            ("rows of tokens", &slots.row_of_token, &world.twin.row_of_token),
+            ("tokens of rows", &slots.token_of_row, &world.twin.token_of_row),
+            ("ticks", &slots.used, &world.twin.used),
+            ("hands", &slots.hand, &world.twin.hand),
         ] {
             assert_eq!(&got.read(&rig.stream).unwrap(), want, "{name}: {what}");
         }
@@ -512,7 +517,7 @@ fn check_steps(
             assert_eq!(rows_end[item] - row_first[item], if exact { tokens as u32 } else { 0 });
         }
     }
-    let counted = counters.read(&rig.stream).unwrap();
+    let counted = slots.counters.read(&rig.stream).unwrap();
     assert_eq!(
         (counted[0] + counted[1], counted[1], counted[2]),
         (hits, misses, brought),
@@ -554,12 +559,7 @@ fn output_is_the_merge_of_the_parts_in_the_asked_type() {
         let want = merge_parts(&refs).unwrap();
         let held: Vec<_> = states.iter().map(|(out, lse)| (rig.buffer(out), rig.buffer(lse))).collect();
         let views: Vec<_> = held.iter().map(|(out, lse)| (out.view(), lse.view())).collect();
-        let tables = Tables {
-            shape: world.twin.shape,
-            batch: world.batch.view(),
-            sequences: world.sequences.view(),
-            chunks: world.chunks.view(),
-        };
+        let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
         let out = rig.buffer(&vec![f32::NAN; rows * d]);
         // SAFETY: the buffer has the shape, and is read after the work is done.
         let target = unsafe {

@@ -3,8 +3,8 @@
 use floe_cuda::AttendParams;
 use floe_cuda::device::{DeviceBuffer, PinnedBuffer};
 use floe_cuda::ops::cache::{
-    AppendStep, BatchEntry, DoubtCheck, FoundUnit, PageSource, Ranges, Resolve, Slots, Tables, append_step,
-    build_pages, resolve,
+    AppendStep, BatchEntry, DoubtCheck, FoundUnit, PageSource, Ranges, Resolve, append_step, build_pages,
+    resolve,
 };
 use floe_cuda::ops::{
     DecodeArgs, DecodePlan, DevState, DeviceElem, PlanShape, Spans, WholeItems, whole_decode,
@@ -12,7 +12,7 @@ use floe_cuda::ops::{
 use floe_cuda::twin::device::{HostKv, HostSpans, TileRows, decode_lists};
 use half::{bf16, f16};
 
-use crate::cache::{PageBuffers, World, shape, tensor};
+use crate::cache::{PageBuffers, SlotRig, World, shape, tables_of, tensor};
 use crate::rig::{Guarded, allowed, errors};
 
 const HEADS: usize = 3;
@@ -60,12 +60,7 @@ impl<E: DeviceElem> Step<E> {
         }
         let (k, v) = (world.elems(ITEMS * d), world.elems(ITEMS * d));
         let device = [rig.buffer(&q), rig.buffer(&k), rig.buffer(&v)];
-        let tables = Tables {
-            shape: world.twin.shape,
-            batch: world.batch.view(),
-            sequences: world.sequences.view(),
-            chunks: world.chunks.view(),
-        };
+        let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
         let [page_first, page_end, row_first, row_end] = &mut self.ranges;
         let step = AppendStep {
             q: tensor(&device[0], [2, HEADS * GROUP, d]),
@@ -121,12 +116,7 @@ fn check<E: DeviceElem>(d: usize) {
     world.prefill(0, 0, prompt, None);
     world.prefill(1, 0, prompt, Some(&mut buffers));
     let source = PageSource::Rows { sequence: 0, first: 0, num: buffers.built };
-    let tables = Tables {
-        shape: world.twin.shape,
-        batch: world.batch.view(),
-        sequences: world.sequences.view(),
-        chunks: world.chunks.view(),
-    };
+    let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
     build_pages(&rig.stream, &tables, source, world.kv.view(), buffers.pages()).unwrap();
     let mut step = Step::new(&world, d);
     let rows_max = [800u32; ITEMS];
@@ -193,8 +183,7 @@ fn check<E: DeviceElem>(d: usize) {
 fn nothing_is_listed<E: DeviceElem>(world: &mut World<E>, step: &Step<E>) {
     let rig = world.rig;
     let zeros = |n: usize| DeviceBuffer::<u32>::zeros(&rig.device, n).unwrap();
-    let none = |n: usize| rig.buffer(&vec![u32::MAX; n]);
-    let (retrieved, num_rows) = (8, world.twin.used.len());
+    let retrieved = 8;
     let list_each = world.twin.shape.fixed_max() + retrieved;
     let (mut list, mut list_end) = (zeros(ITEMS * list_each), zeros(ITEMS));
     let firsts: Vec<u32> = (0..ITEMS).map(|item| (item * retrieved) as u32).collect();
@@ -207,9 +196,7 @@ fn nothing_is_listed<E: DeviceElem>(world: &mut World<E>, step: &Step<E>) {
         })
         .collect();
     let (found, firsts, ends) = (rig.buffer(&found), rig.buffer(&firsts), rig.buffer(&ends));
-    let (mut row_of_token, mut token_of_row) = (none(world.twin.row_of_token.len()), none(num_rows));
-    let (mut used, mut hand) = (zeros(num_rows), zeros(ITEMS));
-    let mut counters = DeviceBuffer::<u64>::zeros(&rig.device, 3).unwrap();
+    let mut slots = SlotRig::new(world);
     let request = Resolve {
         whole: Spans { first: step.ranges[2].view(), end: step.ranges[3].view() },
         spans: Spans { first: firsts.view(), end: ends.view() },
@@ -219,27 +206,15 @@ fn nothing_is_listed<E: DeviceElem>(world: &mut World<E>, step: &Step<E>) {
         list: list.view_mut(),
         list_end: list_end.view_mut(),
     };
-    let slots = Slots {
-        row_of_token: row_of_token.view_mut(),
-        token_of_row: token_of_row.view_mut(),
-        used: used.view_mut(),
-        hand: hand.view_mut(),
-        counters: counters.view_mut(),
-    };
-    let tables = Tables {
-        shape: world.twin.shape,
-        batch: world.batch.view(),
-        sequences: world.sequences.view(),
-        chunks: world.chunks.view(),
-    };
-    resolve(&rig.stream, &tables, request, slots, (world.kv.view_mut(), None)).unwrap();
+    let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
+    resolve(&rig.stream, &tables, request, slots.write(), (world.kv.view_mut(), None)).unwrap();
     let (first, end) = (step.ranges[2].read(&rig.stream).unwrap(), step.ranges[3].read(&rig.stream).unwrap());
     let listed = list_end.read(&rig.stream).unwrap();
     for item in 0..ITEMS {
         assert_eq!(listed[item] as usize > item * list_each, end[item] <= first[item], "list of item {item}");
     }
     let calm_with_slots = (HEADS..ITEMS).filter(|item| end[*item] <= first[*item]).count();
-    assert_eq!(counters.read(&rig.stream).unwrap()[1], (calm_with_slots * retrieved) as u64);
+    assert_eq!(slots.counters.read(&rig.stream).unwrap()[1], (calm_with_slots * retrieved) as u64);
 }
 
 #[test]

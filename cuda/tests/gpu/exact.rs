@@ -2,14 +2,14 @@
 
 use floe_cuda::AttendParams;
 use floe_cuda::device::DeviceBuffer;
-use floe_cuda::ops::cache::{AppendStep, BatchEntry, BeyondRows, Ranges, Tables, append_step};
+use floe_cuda::ops::cache::{AppendStep, BatchEntry, BeyondRows, Ranges, append_step};
 use floe_cuda::ops::{
     DecodeArgs, DecodePlan, DevState, DeviceElem, PlanShape, Spans, WholeItems, dense_decode, whole_decode,
 };
 use floe_cuda::twin::device::{HostKv, HostSpans, TileRows, decode_lists};
 use half::{bf16, f16};
 
-use crate::cache::{World, shape, tensor};
+use crate::cache::{World, shape, tables_of, tensor};
 use crate::rig::{Guarded, allowed, errors};
 
 const HEADS: usize = 3;
@@ -38,12 +38,7 @@ fn append<E: DeviceElem>(world: &mut World<E>, tokens: usize) -> Left<E> {
     let (mut pages, mut buffers) = ([words(), words()], [words(), words(), words(), words()]);
     let mut warm = DeviceBuffer::zeros(&rig.device, ITEMS).unwrap();
     let mut q_out = DeviceBuffer::zeros(&rig.device, ITEMS * GROUP * d).unwrap();
-    let tables = Tables {
-        shape: world.twin.shape,
-        batch: world.batch.view(),
-        sequences: world.sequences.view(),
-        chunks: world.chunks.view(),
-    };
+    let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
     let [page_first, page_end] = &mut pages;
     let [row_first, row_end, first, end] = &mut buffers;
     let step = AppendStep {

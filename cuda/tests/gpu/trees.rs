@@ -2,7 +2,7 @@
 
 use floe_cuda::device::DeviceBuffer;
 use floe_cuda::ops::cache::{
-    Counted, PageSource, Said, SequencePlace, Tables, TreePage, TreePages, announce_tree_pages, build_pages,
+    Counted, PageSource, Said, SequencePlace, TreePage, TreePages, announce_tree_pages, build_pages,
     build_tree_pages,
 };
 use floe_cuda::ops::sweep::{Selection, Sweep, UnitsMut};
@@ -10,7 +10,7 @@ use floe_cuda::ops::{DeviceElem, ScanShape, Spans, Summaries};
 use floe_cuda::twin::device as twin;
 use half::{bf16, f16};
 
-use crate::cache::{PageBuffers, World, shape};
+use crate::cache::{PageBuffers, World, shape, tables_of};
 use crate::rig::{Guarded, rig};
 use crate::support::Random;
 
@@ -40,15 +40,6 @@ struct Known {
     sums: DeviceBuffer<[u32; 2]>,
 }
 
-fn tables<E: DeviceElem>(world: &World<E>) -> Tables<'_> {
-    Tables {
-        shape: world.twin.shape,
-        batch: world.batch.view(),
-        sequences: world.sequences.view(),
-        chunks: world.chunks.view(),
-    }
-}
-
 /// Builds listed pages of a sequence at `place`, which changes nothing that counts, and announces them.
 fn build_and_announce<E: DeviceElem>(
     world: &World<E>,
@@ -69,7 +60,8 @@ fn build_and_announce<E: DeviceElem>(
     };
     let before = counted(pages);
     let from = TreePages { sequence, place, listed: listed.view(), tokens: known.tokens.view_mut() };
-    build_tree_pages(&rig.stream, &tables(world), from, world.kv.view(), (pages.pages(), &mut said)).unwrap();
+    let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
+    build_tree_pages(&rig.stream, &tables, from, world.kv.view(), (pages.pages(), &mut said)).unwrap();
     assert_eq!(counted(pages), before);
     let to = Counted {
         log_count: pages.log_count.view_mut(),
@@ -111,7 +103,8 @@ fn check_built<E: DeviceElem>(sequence: usize, d: usize) {
     assert_eq!(bits_of(&of_host, rig), bits_of(&of_lists, rig), "{name}");
     if sequence == 0 {
         let source = PageSource::Rows { sequence, first: 1, num: 39 };
-        build_pages(&rig.stream, &tables(&world), source, world.kv.view(), of_runs.pages()).unwrap();
+        let tables = tables_of(world.twin.shape, &world.batch, &world.sequences, &world.chunks);
+        build_pages(&rig.stream, &tables, source, world.kv.view(), of_runs.pages()).unwrap();
         assert_eq!(bits_of(&of_runs, rig), bits_of(&of_lists, rig), "{name}");
     }
     let said = known.tokens.read(&rig.stream).unwrap();
